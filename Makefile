@@ -1,0 +1,65 @@
+# Every target does its own set-up; CI runs the same ones.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON := build/venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+LAUNCHER := build/podlane
+
+.PHONY: help
+help: ## Show this help
+	@echo "podlane: an eBPF-accelerated CNI datapath. Targets (as root):"
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+.PHONY: setup
+setup: ## Install what everything here needs (Debian packages, Python environment)
+	@deploy/setup.sh test
+
+.PHONY: build
+build: $(LAUNCHER) ## Build the launcher, the one executable that is not Python
+
+# Static, since the hosts of a CNI plugin have no particular C library; musl keeps it small and fast to start.
+$(LAUNCHER): cni/launcher.c
+	@mkdir -p $(@D)
+	musl-gcc -std=c11 -static -Os -s -Wall -Wextra -Werror -o $@ $<
+
+.PHONY: demo
+demo: ## Wire real pods in a real containerd and show what happens (cleans up after itself)
+	@deploy/setup.sh demo
+	@$(MAKE) --no-print-directory --silent build
+	@$(PYTHON) -m tests.e2e.demo
+
+.PHONY: test
+test: setup build ## Run every test, all four layers
+	$(PYTEST)
+
+.PHONY: test-unit
+test-unit: setup build ## Run the tests that need no root
+	$(PYTEST) tests/unit
+
+.PHONY: test-packet
+test-packet: setup build ## Run the BPF programs on single packets (BPF_PROG_TEST_RUN)
+	$(PYTEST) tests/packet
+
+.PHONY: test-node
+test-node: setup build ## Run agent and launcher in network namespaces
+	$(PYTEST) tests/node
+
+.PHONY: test-e2e
+test-e2e: setup build ## Run pods in containerd
+	$(PYTEST) tests/e2e
+
+.PHONY: lint
+lint: setup ## Check style, types, layering and C formatting
+	build/venv/bin/ruff check .
+	build/venv/bin/ruff format --check .
+	build/venv/bin/mypy
+	build/venv/bin/lint-imports
+	clang-format --dry-run --Werror bpf/*.c bpf/*.h cni/*.c
+
+.PHONY: bench
+bench: setup build ## Measure against the reference plugins, interleaved; prints ratios
+	$(PYTHON) -m tests.bench
+
+.PHONY: clean
+clean: ## Remove everything that was built here
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,118 @@
+"""The agent's configuration: one YAML file, one model. Every field says its unit, its default, and why that default."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agent.ranges import Range
+from cni.call import explain
+
+Network = IPv4Network | IPv6Network
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the file, the field, what was given and what is allowed."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Subnet(_Model):
+    """A range of addresses for pods."""
+
+    subnet: Network
+    """In CIDR form, host bits zero. Required."""
+    first: str = ""
+    """First address to give. Default: the subnet's first but its network (IPv6: subnet-router anycast) address."""
+    last: str = ""
+    """Last address to give. Default: the subnet's last but, for IPv4, its broadcast address."""
+
+    @model_validator(mode="after")
+    def _is_usable(self) -> Subnet:
+        self.range()
+        return self
+
+    def range(self) -> Range:
+        """Return the range that this describes. Raises ValueError if first and last do not fit the subnet."""
+        whole = Range.of(self.subnet)
+        first = ip_address(self.first) if self.first else whole.first
+        last = ip_address(self.last) if self.last else whole.last
+        return Range(subnet=self.subnet, first=first, last=last)
+
+
+class Paths(_Model):
+    """Where the agent keeps and finds its files; change them to run several agents on one machine."""
+
+    socket: Path = Path("/run/podlane/cni.sock")
+    """Where the launcher reaches the agent; the launcher's environment names another one as PODLANE_SOCKET."""
+    state: Path = Path("/var/lib/podlane")
+    """The IPAM store and the cache of compiled programs. Must survive a reboot only to start without compiling."""
+    spool: Path = Path("/var/lib/podlane/spool")
+    """Where the launcher leaves DELs while the agent is away; PODLANE_SPOOL in its environment."""
+    bpffs: Path = Path("/sys/fs/bpf/podlane")
+    """Pinned maps, programs and links; on a mounted bpf file system."""
+    cni_conf_dir: Path = Path("/etc/cni/net.d")
+    """Where the runtime looks for network configurations."""
+    cni_bin_dir: Path = Path("/opt/cni/bin")
+    """Where the runtime looks for plugins."""
+    launcher: Path = Path("/usr/lib/podlane/podlane")
+    """The launcher to install into cni_bin_dir."""
+    bpf_source: Path = Path(__file__).resolve().parent.parent / "bpf"
+    """The datapath's C sources. Default: those beside the agent."""
+
+
+class Config(_Model):
+    """All that a person can decide about an agent."""
+
+    network: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")] = "podlane"
+    """Name of the network in the CNI configuration that the agent installs."""
+    ranges: tuple[Subnet, ...] = (
+        Subnet(subnet=ip_network("10.244.0.0/24")),
+        Subnet(subnet=ip_network("fd00:10:244::/64")),
+    )
+    """Each pod gets one address of every family that has a range; ranges of one family follow one another. Default:
+    one node's share of what most clusters use."""
+    mtu: Annotated[int, Field(ge=0, le=65535)] = 0
+    """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting."""
+    hooks: Literal["auto", "tcx", "clsact"] = "auto"
+    """How programs are attached. Default: tcx where the kernel has it (6.6), since its links are pinned and swapped
+    atomically; else clsact filters."""
+    max_pods: Annotated[int, Field(ge=1, le=65536)] = 1024
+    """Size of the endpoint map in pods. Default: far above the 110 of a usual node, at 300 kB of kernel memory."""
+    resync_seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    """How often the kernel is compared with what it should be, beside at every change that the kernel announces."""
+    metrics: Annotated[str, Field(pattern=r"^.+:\d+$")] = "127.0.0.1:9815"
+    """Address and port of /metrics, /healthz and /readyz. Default: this machine only."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Default: one line per change of state."""
+    paths: Paths = Paths()
+
+    @model_validator(mode="after")
+    def _ranges_are_distinct(self) -> Config:
+        if not self.ranges:
+            raise ValueError("ranges is empty: give at least one subnet")
+        for index, one in enumerate(self.ranges):
+            for other in self.ranges[index + 1 :]:
+                if one.subnet.version == other.subnet.version and one.subnet.overlaps(other.subnet):
+                    raise ValueError(f"ranges overlap: {one.subnet} and {other.subnet}")
+        return self
+
+
+def load(path: Path) -> Config:
+    """Read and validate a configuration file. Raises ConfigError."""
+    try:
+        raw: Any = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    try:
+        return Config.model_validate({} if raw is None else raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error

@@ -1,0 +1,148 @@
+"""The agent from start to stop: every long-lived object is built here, in the order in which each may rely on the last."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from agent import netlink
+from agent.config import Config, Paths
+from agent.datapath import cache, loader, tables
+from agent.datapath.source import CompileError
+from agent.install import InstallError, install_conflist, install_launcher
+from agent.loop import Loop, Tables
+from agent.metrics import Metrics, serve
+from agent.node import Node, Readiness
+from agent.selftest import SelfTestFailed, self_test
+from agent.server import Server, observed
+from agent.spool import Spool
+from agent.state import Attached, Hook, KernelError, Table
+from agent.store import Phase, Store, StoreError
+from agent.wiring import Wiring
+from cni.commands import handle
+
+log = logging.getLogger(__name__)
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_FIRST_PASS_SECONDS = 60.0
+_ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address
+
+
+class StartError(Exception):
+    """The agent cannot start; the message says what is wrong and, where it can, what to do."""
+
+
+def run(config: Config, version: str, stop: threading.Event) -> None:
+    """Run an agent until `stop` is set. Pods and what carries their packets stay as they are. Raises StartError."""
+    metrics, readiness = Metrics(version), Readiness()
+    with ExitStack() as cleanup:
+        try:
+            metrics_server = serve(config.metrics, metrics.registry, readiness)
+            cleanup.callback(metrics_server.shutdown)
+            node, spool = _start(config, metrics, readiness, cleanup)
+        except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
+            raise StartError(str(error)) from error
+        while not stop.is_set():
+            spool.drain()
+            if readiness.reason:
+                _become_ready(config, node, metrics, readiness)
+            stop.wait(config.resync_seconds)
+    log.info("stopped")
+
+
+def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> tuple[Node, Spool]:
+    """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
+    netlink.enable_forwarding()
+    datapath = _load_datapath(config, metrics)
+    cleanup.callback(datapath.close)
+    boot_id = _BOOT_ID.read_text().strip()
+    store = Store(config.paths.state / "ipam.db", [each.range() for each in config.ranges], boot_id)
+    cleanup.callback(store.close)
+    wiring = Wiring()
+    loop = Loop(
+        store=store,
+        tables=_tables(config, datapath),
+        devices=wiring,
+        repaired=metrics.repaired,
+        resync_seconds=config.resync_seconds,
+    )
+    node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
+    with _timed("attach", metrics):
+        loop.start()
+        cleanup.callback(loop.stop)
+        loop.sync(_FIRST_PASS_SECONDS)
+    datapath.prune()
+    cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
+    _release_leftovers(store, node, boot_id)
+    return node, _serve_launchers(config.paths, node, metrics, cleanup)
+
+
+def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
+    with _timed("compile", metrics):
+        program = cache.compiled(config.paths.bpf_source, config.paths.state / "cache", defines={})
+    with _timed("load", metrics):
+        return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD})
+
+
+def _tables(config: Config, datapath: loader.Datapath) -> Tables:
+    tcx = tables.tcx_supported() if config.hooks == "auto" else config.hooks == "tcx"
+    log.info("attaching by hooks=%s", "tcx" if tcx else "clsact")
+    hooks: Table[Hook, Attached] = (
+        tables.TcxHooks(datapath, config.paths.bpffs)
+        if tcx
+        else netlink.ClsactHooks(datapath.programs, datapath.program_ids)
+    )
+    return Tables(
+        endpoints=tables.EndpointTable(datapath.maps["endpoints"]),
+        hooks=hooks,
+        neighbours=netlink.NeighbourTable(),
+        routes=netlink.RouteTable(),
+    )
+
+
+def _release_leftovers(store: Store, node: Node, boot_id: str) -> None:
+    """Undo what a crash cut short, and forget the pods of an earlier boot: their namespaces are gone."""
+    for pod in store.pods():
+        if pod.phase is not Phase.ACTIVE or pod.boot_id != boot_id:
+            log.info("releasing leftover pod=%s phase=%s", pod.attachment, pod.phase)
+            node.release(pod.attachment)
+
+
+def _serve_launchers(paths: Paths, node: Node, metrics: Metrics, cleanup: ExitStack) -> Spool:
+    served = observed(partial(handle, node=node), metrics.observe_call)
+    spool = Spool(paths.spool, served)
+    spool.drain()
+    server = Server(paths.socket, served)
+    server.start()
+    cleanup.callback(server.stop)
+    return spool
+
+
+def _become_ready(config: Config, node: Node, metrics: Metrics, readiness: Readiness) -> None:
+    """Prove the datapath, and tell the runtime last of all. What fails is tried again, and said once."""
+    try:
+        with _timed("selftest", metrics):
+            self_test(node)
+        install_launcher(config.paths.launcher, config.paths.cni_bin_dir)
+        install_conflist(config.paths.cni_conf_dir, config.network)
+    except (SelfTestFailed, InstallError) as error:
+        if readiness.reason != str(error):
+            log.error("not ready reason=%r", str(error))  # noqa: TRY400  # expected trouble: no traceback
+        readiness.reason = str(error)
+        return
+    readiness.reason = ""
+    metrics.set_ready(True)
+    log.info("ready socket=%s", config.paths.socket)
+
+
+@contextmanager
+def _timed(phase: str, metrics: Metrics) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    metrics.start_phase(phase, time.perf_counter() - start)

@@ -1,0 +1,207 @@
+"""The one writer of the kernel's shared state: endpoints, hooks, neighbours and routes.
+
+Everything else only wakes it. A pass plans the whole desired state and applies the difference to what is known to be
+in the kernel; a full pass reads the kernel first, so that whatever was changed behind podlane's back is put back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from agent.diff import diff
+from agent.plan import plan
+from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, State, Table
+from agent.store import Phase, Pod, Store
+
+log = logging.getLogger(__name__)
+
+_FULL_PASS_PAUSE = 0.2  # seconds; a burst of kernel events leads to one full pass, not to one each
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`."""
+
+    endpoints: Table[Address, Endpoint]
+    hooks: Table[Hook, Attached]
+    neighbours: Table[Neighbour, str]
+    routes: Table[Address, int]
+
+
+class Devices(Protocol):
+    """The pods' veth pairs, as far as the loop is concerned."""
+
+    def indexes(self, pods: Sequence[Pod]) -> dict[str, int]:
+        """Return the interface index of every given pod's host end that exists, by name."""
+
+    def restore(self, pod: Pod) -> None:
+        """Make a missing pair again, carrying nothing yet. Raises KernelError."""
+
+    def finish_restore(self, pod: Pod) -> None:
+        """Let a restored pair carry packets. Raises KernelError."""
+
+
+_NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
+
+
+class Loop:
+    """Brings the kernel to the plan, in a thread of its own. `repaired(kind, count)` is told what had to be put back."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        tables: Tables,
+        devices: Devices,
+        repaired: Callable[[str, int], None],
+        resync_seconds: float,
+    ) -> None:
+        self._store = store
+        self._tables = tables
+        self._devices = devices
+        self._repaired = repaired
+        self._interval = resync_seconds
+        self._known: State | None = None  # what is in the kernel, as far as we know
+        self._failures: dict[str, str] = {}
+        self._condition = threading.Condition()
+        self._requested = 0  # passes asked for
+        self._done = 0  # requests that a finished pass has covered
+        self._full_due = time.monotonic()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; its first pass is a full one."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the pass in hand."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+        self._thread.join(timeout=1)
+
+    def kernel_changed(self) -> None:
+        """Note that something may have changed behind our back: a full pass follows soon."""
+        with self._condition:
+            self._full_due = min(self._full_due, time.monotonic() + _FULL_PASS_PAUSE)
+            self._condition.notify_all()
+
+    def sync(self, timeout: float) -> None:
+        """Wait until a pass that began after this call has ended. Raises TimeoutError after `timeout` seconds."""
+        with self._condition:
+            self._requested += 1
+            ticket = self._requested
+            self._condition.notify_all()
+            if not self._condition.wait_for(lambda: self._done >= ticket, timeout):
+                raise TimeoutError(f"the kernel was not brought up to date within {timeout:g} s")
+
+    def check(self, pod: Pod) -> None:
+        """Raise KernelError unless all that the pod needs is in force, as far as the last pass knows."""
+        known = self._known or State()
+        desired = plan([pod], self._devices.indexes([pod]))
+        if not desired.hooks:
+            raise KernelError(f"device {pod.device} is missing")
+        for name in _NAMES:
+            lacking = diff(getattr(desired, name), getattr(known, name)).upsert
+            for key in lacking:
+                raise KernelError(self._failures.get(f"{name} {key}", f"{name} {key} is not in force"))
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(self._has_work, self._full_due - time.monotonic())
+                if self._stopped:
+                    return
+                covered = self._requested
+                full = time.monotonic() >= self._full_due
+            try:
+                self._pass(full)
+            except Exception:
+                # The kernel or the store may be in trouble for a while; the pods must not be, so try again.
+                log.exception("pass failed")
+                self._known = None
+            with self._condition:
+                if full or self._known is None:
+                    self._full_due = time.monotonic() + self._interval
+                self._done = covered
+                self._condition.notify_all()
+
+    def _has_work(self) -> bool:
+        return self._stopped or self._requested > self._done or time.monotonic() >= self._full_due
+
+    def _pass(self, full: bool) -> None:
+        pods = self._store.pods()
+        before, restored = self._known, []
+        if full or before is None:
+            restored = self._restore_devices(pods)
+            self._known = State(**{name: self._table(name).read() for name in _NAMES})
+        known = self._known
+        assert known is not None
+        desired = plan(pods, self._devices.indexes(pods))
+        if before is not None and known is not before:
+            self._count_repairs(desired, before, known)
+        self._apply(desired, known)
+        for pod in restored:
+            self._attempt(f"device {pod.device}", self._devices.finish_restore, pod)
+
+    def _restore_devices(self, pods: Sequence[Pod]) -> list[Pod]:
+        """Make the missing pairs of active pods; return those pods. ADD and DEL see to the others themselves."""
+        existing = self._devices.indexes(pods)
+        missing = [pod for pod in pods if pod.phase is Phase.ACTIVE and pod.device not in existing]
+        restored = [pod for pod in missing if self._attempt(f"device {pod.device}", self._devices.restore, pod)]
+        if restored:
+            self._repaired("devices", len(restored))
+            log.warning("repaired kind=devices count=%d first=%s", len(restored), restored[0].attachment)
+        return restored
+
+    def _attempt(self, what: str, action: Callable[[Pod], None], pod: Pod) -> bool:
+        try:
+            action(pod)
+        except KernelError as error:
+            self._fail(what, error)
+            return False
+        return True
+
+    def _count_repairs(self, desired: State, before: State, now: State) -> None:
+        """A repair is a change that is due now and was not before the kernel was read again."""
+        for name in _NAMES:
+            want = getattr(desired, name)
+            due, was_due = diff(want, getattr(now, name)), diff(want, getattr(before, name))
+            repairs = (due.upsert.keys() - was_due.upsert.keys()) | (due.delete - was_due.delete)
+            if repairs:
+                self._repaired(name, len(repairs))
+                log.warning("repaired kind=%s count=%d first=%s", name, len(repairs), next(iter(repairs)))
+
+    def _apply(self, desired: State, known: State) -> None:
+        failures: dict[str, KernelError] = {}
+        deltas = {name: diff(getattr(desired, name), getattr(known, name)) for name in _NAMES}
+        for name, delta in deltas.items():
+            if delta.upsert:
+                failed = self._table(name).upsert(delta.upsert)
+                failures |= {f"{name} {key}": error for key, error in failed.items()}
+                getattr(known, name).update({k: v for k, v in delta.upsert.items() if k not in failed})
+        for name, delta in reversed(deltas.items()):
+            if delta.delete:
+                failed = self._table(name).delete(delta.delete)
+                failures |= {f"{name} {key}": error for key, error in failed.items()}
+                for key in delta.delete - failed.keys():
+                    getattr(known, name).pop(key, None)
+        self._failures = {what: self._failures.get(what, "") for what in failures}
+        for what, error in failures.items():
+            self._fail(what, error)
+
+    def _fail(self, what: str, error: KernelError) -> None:
+        """One log line per change of state: the same failure, pass after pass, is logged once."""
+        if self._failures.get(what) != str(error):
+            log.error("kernel refused what=%r error=%r", what, str(error))
+        self._failures[what] = str(error)
+
+    def _table(self, name: str) -> Table[Any, Any]:
+        table: Table[Any, Any] = getattr(self._tables, name)
+        return table

@@ -1,0 +1,162 @@
+"""What Prometheus scrapes, and the two probes. Names follow prometheus.io/docs/practices/naming."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from agent.node import Readiness
+from agent.ranges import Range
+from agent.state import KernelError
+
+# ADD takes some milliseconds; what matters is when it does not.
+_LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_COMMANDS = ("ADD", "DEL", "STATUS")
+_REPAIR_KINDS = ("devices", "endpoints", "hooks", "neighbours", "routes")
+
+Outcomes = Callable[[], Mapping[str, tuple[int, int]]]
+"""Returns packets and bytes by outcome."""
+
+
+class Metrics:
+    """All metrics of one agent, in a registry of its own."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._operations = Counter(
+            "podlane_cni_operations", "CNI calls served.", ["command", "result"], registry=self.registry
+        )
+        self._latency = Histogram(
+            "podlane_cni_operation_duration_seconds",
+            "Time to serve a CNI call.",
+            ["command"],
+            buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self._repairs = Counter(
+            "podlane_repairs", "Kernel objects changed behind podlane's back and put right.", ["kind"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._phases = Gauge(
+            "podlane_start_duration_seconds", "Time the phases of the last start took.", ["phase"], registry=self.registry
+        )
+        self._ready = Gauge("podlane_ready", "1 if ADD can be served.", registry=self.registry)
+        build = Gauge(
+            "podlane_build_info", "Always 1; the labels say what runs.", ["version", "python", "kernel"],
+            registry=self.registry,
+        )  # fmt: skip
+        build.labels(version, platform.python_version(), platform.release()).set(1)
+        for kind in _REPAIR_KINDS:
+            self._repairs.labels(kind)
+
+    def observe_call(self, command: str, exit_code: int, seconds: float) -> None:
+        """Count a CNI call. Commands that do not exist share one label value, so that nobody can invent labels."""
+        label = command if command in _COMMANDS else "other"
+        self._operations.labels(label, "error" if exit_code else "success").inc()
+        self._latency.labels(label).observe(seconds)
+
+    def repaired(self, kind: str, count: int) -> None:
+        """Count objects put right; `kind` is the name of a table."""
+        self._repairs.labels(kind).inc(count)
+
+    def start_phase(self, phase: str, seconds: float) -> None:
+        """Record how long a phase of the start took."""
+        self._phases.labels(phase).set(seconds)
+
+    def set_ready(self, ready: bool) -> None:
+        """Record whether ADD can be served."""
+        self._ready.set(ready)
+
+    def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]) -> None:
+        """Read these at every scrape, rather than keep copies of them."""
+        self.registry.register(_Scraped(outcomes, usage, pods))
+
+
+class _Scraped(Collector):
+    def __init__(
+        self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]
+    ) -> None:
+        self._outcomes = outcomes
+        self._usage = usage
+        self._pods = pods
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        packets = CounterMetricFamily(
+            "podlane_datapath_packets", "Packets by what became of them (bpf/README.md).", labels=["outcome"]
+        )
+        size = CounterMetricFamily(
+            "podlane_datapath_bytes", "Bytes, with Ethernet headers, by what became of them.", labels=["outcome"]
+        )
+        for name, (packet_count, byte_count) in self._outcomes().items():
+            packets.add_metric([name], packet_count)
+            size.add_metric([name], byte_count)
+        yield from (packets, size)
+        yield GaugeMetricFamily("podlane_pods", "Attachments that have addresses.", value=self._pods())
+        yield from self._addresses()
+
+    def _addresses(self) -> Iterator[Metric]:
+        used = GaugeMetricFamily("podlane_ipam_addresses_used", "Addresses in use.", labels=["range"])
+        free = GaugeMetricFamily("podlane_ipam_addresses_free", "Addresses left.", labels=["range"])
+        for each, count in self._usage():
+            used.add_metric([str(each.subnet)], count)
+            free.add_metric([str(each.subnet)], each.size - count)
+        yield from (used, free)
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
+        """Scrapes are not news."""
+
+
+def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WSGIServer:
+    """Serve /metrics, /healthz and /readyz on "host:port", in a thread. Raises OSError.
+
+    `shutdown()` ends the server.
+    """
+    metrics_app = make_wsgi_app(registry)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            return _scrape(metrics_app, environ, start_response)
+        if path == "/healthz":
+            return _answer(start_response, "200 OK", "ok")
+        if path == "/readyz":
+            if readiness.reason:
+                return _answer(start_response, "503 Service Unavailable", readiness.reason)
+            return _answer(start_response, "200 OK", "ready")
+        return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
+
+    host, _, port = address.rpartition(":")
+    server = make_server(host.strip("[]"), int(port), app, _ThreadingServer, _QuietHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server
+
+
+def _scrape(app: Any, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    try:
+        result: Iterable[bytes] = app(environ, start_response)
+    except KernelError as error:
+        return _answer(start_response, "500 Internal Server Error", str(error))
+    return result
+
+
+def _answer(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [text.encode() + b"\n"]

@@ -1,0 +1,41 @@
+"""What the agent asks of the kernel over netlink: veth pairs, addresses, host routes, neighbours, clsact.
+
+The only package that imports pyroute2. Every function acts in the network namespace of the calling thread,
+opens its own socket (5 µs) and keeps nothing: any number of threads may call. Every refusal is a
+`KernelError`.
+"""
+
+from agent.netlink.clsact import ClsactHooks
+from agent.netlink.devices import (
+    ALIAS_PREFIX,
+    NAME_PREFIX,
+    delete_device,
+    devices,
+    enable_forwarding,
+    index,
+    uplink_mtu,
+)
+from agent.netlink.monitor import Monitor
+from agent.netlink.netns import is_netns, same_netns
+from agent.netlink.pods import InterfaceExists, configure_pod, create_pair, raise_host
+from agent.netlink.tables import NeighbourTable, RouteTable
+
+__all__ = [
+    "ALIAS_PREFIX",
+    "NAME_PREFIX",
+    "ClsactHooks",
+    "InterfaceExists",
+    "Monitor",
+    "NeighbourTable",
+    "RouteTable",
+    "configure_pod",
+    "create_pair",
+    "delete_device",
+    "devices",
+    "enable_forwarding",
+    "index",
+    "is_netns",
+    "raise_host",
+    "same_netns",
+    "uplink_mtu",
+]

@@ -1,0 +1,150 @@
+"""Programs at devices' hooks on kernels without tcx (before 6.6): clsact and direct-action filters."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+
+from pyroute2.netlink.rtnl import (
+    RTM_DELQDISC,
+    RTM_DELTFILTER,
+    RTM_GETTFILTER,
+    RTM_NEWQDISC,
+    RTM_NEWTFILTER,
+    TC_H_CLSACT,
+)
+from pyroute2.netlink.rtnl.tcmsg import tcmsg
+
+from agent.netlink.channel import Request, attributes, dump, perform, request
+from agent.netlink.devices import NAME_PREFIX, devices, index
+from agent.netlink.rtnl import ADD, FILTER, PROTOCOL, PUT, TCA_BPF_ID, TCA_BPF_NAME, TCA_OPTIONS, text, u32
+from agent.state import Attached, Direction, Hook, KernelError
+
+# linux/pkt_sched.h: TC_H_MIN_INGRESS and TC_H_MIN_EGRESS of TC_H_CLSACT
+PARENT: Mapping[Direction, int] = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
+CLSACT_HANDLE = 0xFFFF0000
+INFO = PROTOCOL << 16 | socket.htons(3)  # our filter's priority, and ETH_P_ALL
+HANDLE = PROTOCOL  # its number at that priority
+OURS = (HANDLE, INFO)
+FILTER_PREFIX = "podlane_"
+TCA_BPF_FLAG_ACT_DIRECT = 1
+
+NO_FILTER = (errno.ENOENT, errno.ENODEV, errno.EINVAL)  # EINVAL: the device has no clsact qdisc
+
+
+class ClsactHooks:
+    """`Table[Hook, Attached]`: which of podlane's programs runs at which hook of its own devices."""
+
+    def __init__(self, programs: Mapping[str, int], ids: Mapping[str, int]) -> None:
+        """Take the loaded programs: by name, their file descriptors and their kernel ids."""
+        self._programs = programs
+        self._names = {number: name for name, number in ids.items()}
+
+    def read(self) -> dict[Hook, Attached]:
+        """Return what podlane's filters run, "stale:ID" if it is not a loaded program. Raises KernelError."""
+        hooks = [(Hook(name, at), number) for name, number in devices().items() for at in PARENT]
+        running = ((hook, number, _running(hook, number)) for hook, number in hooks)
+        return {
+            hook: Attached(number, self._names.get(program, f"stale:{program}"))
+            for hook, number, program in running
+            if program is not None
+        }
+
+    def upsert(self, items: Mapping[Hook, Attached]) -> dict[Hook, KernelError]:
+        """Attach or replace the programs of the given hooks, each atomically; return the failures."""
+        failures: dict[Hook, KernelError] = {}
+        for hook, wanted in items.items():
+            try:
+                perform(self._attach(hook, wanted))
+            except KernelError as error:
+                failures[hook] = error
+        return failures
+
+    def delete(self, keys: Iterable[Hook]) -> dict[Hook, KernelError]:
+        """Detach podlane's programs from the given hooks, and remove a clsact qdisc that nobody uses."""
+        failures: dict[Hook, KernelError] = {}
+        for hook in keys:
+            number = index(hook.device)
+            if number is None:
+                continue
+            try:
+                perform([_delete_filter(hook, number)])
+                _delete_unused_qdisc(hook.device, number)
+            except KernelError as error:
+                failures[hook] = error
+        return failures
+
+    def _attach(self, hook: Hook, wanted: Attached) -> list[Request]:
+        what = f"attach {wanted.program} at {hook.direction} of {hook.device}"
+        if not hook.device.startswith(NAME_PREFIX):
+            raise KernelError(f"{what}: only devices {NAME_PREFIX}… are podlane's")
+        if wanted.program not in self._programs:
+            raise KernelError(f"{what}: no such program is loaded")
+        options = [
+            ("TCA_BPF_FD", self._programs[wanted.program]),
+            ("TCA_BPF_NAME", FILTER_PREFIX + wanted.program),
+            ("TCA_BPF_FLAGS", TCA_BPF_FLAG_ACT_DIRECT),
+        ]
+        # tc qdisc add dev DEVICE clsact
+        # tc filter replace dev DEVICE ingress prio 112 handle 112 bpf direct-action pinned PROGRAM
+        kind = [("TCA_KIND", "clsact")]
+        filter_ = [("TCA_KIND", "bpf"), ("TCA_OPTIONS", {"attrs": options})]
+        there = (errno.EEXIST,)
+        place = _place(hook, wanted.ifindex)
+        return [
+            request(
+                what,
+                tcmsg,
+                RTM_NEWQDISC,
+                ADD,
+                fields=_qdisc(wanted.ifindex),
+                attributes=kind,
+                tolerated=there,
+            ),
+            request(what, tcmsg, RTM_NEWTFILTER, PUT, fields=place, attributes=filter_),
+        ]
+
+
+def _running(hook: Hook, number: int) -> int | None:
+    """Return the id of the program that our filter runs at a hook, or None without such a filter."""
+    for place, options in _filters(hook, number):
+        if place == OURS and text(options.get(TCA_BPF_NAME, b"")).startswith(FILTER_PREFIX):
+            return u32(options[TCA_BPF_ID])
+    return None
+
+
+def _filters(hook: Hook, number: int) -> Iterator[tuple[tuple[int, int], dict[int, bytes]]]:
+    """Yield the place (handle, priority and protocol) and the options of the filters at a hook."""
+    # tc filter show dev DEVICE ingress
+    what = f"list filters at {hook.direction} of {hook.device}"
+    fields = {"index": number, "parent": PARENT[hook.direction]}
+    for answer in dump(request(what, tcmsg, RTM_GETTFILTER, fields=fields, tolerated=NO_FILTER)):
+        _, _, handle, _, info = FILTER.unpack_from(answer.body)
+        if answer.type == RTM_NEWTFILTER and handle:  # 0: a list of filters, not one of them
+            options = attributes(answer.body, FILTER.size).get(TCA_OPTIONS, b"")
+            yield (handle, info), attributes(options, 0)
+
+
+def _delete_filter(hook: Hook, number: int) -> Request:
+    # tc filter delete dev DEVICE ingress prio 112 handle 112 bpf
+    what = f"detach from {hook.direction} of {hook.device}"
+    kind = [("TCA_KIND", "bpf")]
+    return request(what, tcmsg, RTM_DELTFILTER, fields=_place(hook, number), attributes=kind, tolerated=NO_FILTER)
+
+
+def _delete_unused_qdisc(device: str, number: int) -> None:
+    if any(True for direction in PARENT for _ in _filters(Hook(device, direction), number)):
+        return
+    # tc qdisc delete dev DEVICE clsact
+    what = f"remove clsact from {device}"
+    kind = [("TCA_KIND", "clsact")]
+    perform([request(what, tcmsg, RTM_DELQDISC, fields=_qdisc(number), attributes=kind, tolerated=NO_FILTER)])
+
+
+def _place(hook: Hook, number: int) -> dict[str, int]:
+    return {"index": number, "handle": HANDLE, "parent": PARENT[hook.direction], "info": INFO}
+
+
+def _qdisc(number: int) -> dict[str, int]:
+    return {"index": number, "handle": CLSACT_HANDLE, "parent": TC_H_CLSACT}

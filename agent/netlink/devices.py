@@ -1,0 +1,140 @@
+"""The host's network devices: which are podlane's, and what leads out."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+
+from pyroute2.netlink.rtnl import (
+    RTM_DELLINK,
+    RTM_GETADDR,
+    RTM_GETLINK,
+    RTM_GETROUTE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWROUTE,
+)
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from agent.netlink import sysctl
+from agent.netlink.channel import attributes, dump, perform, request
+from agent.netlink.rtnl import (
+    ADDRESS,
+    FAMILY,
+    IFLA_IFALIAS,
+    IFLA_IFNAME,
+    IFLA_MTU,
+    LINK,
+    NEXTHOP,
+    ROUTE,
+    RT_SCOPE_UNIVERSE,
+    RT_TABLE_MAIN,
+    RTA_MULTIPATH,
+    RTA_OIF,
+    RTN_UNICAST,
+    text,
+    u32,
+)
+
+# How a restarted agent recognises the host ends of its pods' veth pairs: by both.
+NAME_PREFIX = "pl"
+ALIAS_PREFIX = "podlane:"
+
+DEFAULT_MTU = 1500  # bytes
+
+RTEXT_FILTER_SKIP_STATS = 8  # linux/rtnetlink.h
+IFF_LOOPBACK = 8
+
+
+def devices() -> dict[str, int]:
+    """Return the host ends of podlane's veth pairs, name to index. Raises KernelError."""
+    # ip link show type veth
+    kind = {"attrs": [("IFLA_INFO_KIND", "veth")]}
+    found = {}
+    for number, _, link in _links([("IFLA_LINKINFO", kind)]):
+        name, alias = text(link[IFLA_IFNAME]), text(link.get(IFLA_IFALIAS, b""))
+        if name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX):
+            found[name] = number
+    return found
+
+
+def index(name: str) -> int | None:
+    """Return the index of a device, or None if there is no such device."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def delete_device(name: str) -> None:
+    """Delete a device, and with a veth its other end; one already gone is fine. Raises KernelError."""
+    # ip link delete NAME
+    attribute = [("IFLA_IFNAME", name)]
+    what = f"delete device {name}"
+    perform([request(what, ifinfmsg, RTM_DELLINK, attributes=attribute, tolerated=(errno.ENODEV,))])
+
+
+def uplink_mtu() -> int:
+    """Return the MTU, in bytes, of what leads out of this node. Raises KernelError.
+
+    The smallest among the devices of the default routes; without one, among the devices with a global
+    address; else that of Ethernet.
+    """
+    mtus = {number: u32(link[IFLA_MTU]) for number, flags, link in _links([]) if not flags & IFF_LOOPBACK}
+    for uplinks in (_default_route_devices(), _addressed_devices()):
+        if known := [mtus[number] for number in uplinks if number in mtus]:
+            return min(known)
+    return DEFAULT_MTU
+
+
+def enable_forwarding() -> None:
+    """Let the host stack forward between pods and the world. Raises KernelError."""
+    sysctl.ensure("net/ipv4/ip_forward", "1")
+    if sysctl.ipv6_present():
+        sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
+
+
+def _links(filters: list[tuple[str, object]]) -> Iterator[tuple[int, int, dict[int, bytes]]]:
+    """Yield index, flags and attributes of the devices that pass the filters."""
+    wanted = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS), *filters]
+    for answer in dump(request("list devices", ifinfmsg, RTM_GETLINK, attributes=wanted)):
+        if answer.type == RTM_NEWLINK:
+            _, _, number, flags, _ = LINK.unpack_from(answer.body)
+            yield number, flags, attributes(answer.body, LINK.size)
+
+
+def _default_route_devices() -> set[int]:
+    # ip route show table main default; ip -6 route show table main default
+    found: set[int] = set()
+    for family in FAMILY.values():
+        fields = {"family": family, "table": RT_TABLE_MAIN, "type": RTN_UNICAST}
+        for answer in dump(request("list default routes", rtmsg, RTM_GETROUTE, fields=fields)):
+            _, bits, table, _, _, kind, _ = ROUTE.unpack_from(answer.body)
+            if answer.type == RTM_NEWROUTE and (bits, table, kind) == (0, RT_TABLE_MAIN, RTN_UNICAST):
+                found.update(_nexthops(attributes(answer.body, ROUTE.size)))
+    return found
+
+
+def _nexthops(route: dict[int, bytes]) -> Iterator[int]:
+    """Yield the indexes of the devices that a route uses."""
+    if RTA_OIF in route:
+        yield u32(route[RTA_OIF])
+    hops, offset = route.get(RTA_MULTIPATH, b""), 0
+    while offset + NEXTHOP.size <= len(hops):
+        length, _, _, number = NEXTHOP.unpack_from(hops, offset)
+        yield number
+        offset += max(length, NEXTHOP.size)
+
+
+def _addressed_devices() -> set[int]:
+    # ip address show scope global
+    found = set()
+    for answer in dump(request("list addresses", ifaddrmsg, RTM_GETADDR)):
+        if answer.type == RTM_NEWADDR:
+            _, _, _, scope, number = ADDRESS.unpack_from(answer.body)
+            if scope == RT_SCOPE_UNIVERSE:
+                found.add(number)
+    return found

@@ -1,0 +1,97 @@
+"""Tells the loop that devices, routes or neighbours changed, so that a repair need not wait for its turn."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from pyroute2.netlink.rtnl import (
+    RTM_DELLINK,
+    RTM_DELNEIGH,
+    RTM_DELROUTE,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    RTM_NEWROUTE,
+)
+
+from agent.netlink.channel import RECEIVE, Message, kernel_error, messages
+from agent.netlink.devices import ALIAS_PREFIX
+from agent.netlink.rtnl import NDA_PROTOCOL, PROTOCOL, ROUTE
+
+# linux/rtnetlink.h, enum rtnetlink_groups: LINK, NEIGH, IPV4_ROUTE, IPV6_ROUTE
+GROUPS = sum(1 << (group - 1) for group in (1, 3, 7, 11))
+# As they stand in a message. Decoding each one would cost a busy node far more than what it tells.
+OUR_ALIAS = ALIAS_PREFIX.encode()
+OUR_NEIGHBOUR = struct.pack("=HHBxxx", 5, NDA_PROTOCOL, PROTOCOL)
+
+
+class Monitor:
+    """Calls `changed`, from a thread of its own, when something of podlane's has changed in the kernel.
+
+    Once per burst, and also when the kernel could not deliver all news (ENOBUFS). A context manager: the
+    thread runs within. For use once.
+    """
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        self._thread = threading.Thread(target=self._run, name="netlink-monitor", daemon=True)
+
+    def __enter__(self) -> Monitor:
+        try:
+            self._news = _subscribe()
+        except OSError as error:
+            raise kernel_error("subscribe to changes of devices, routes and neighbours", error) from error
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        self._news.close()
+        os.close(self._stop)
+
+    def _run(self) -> None:
+        waiting = select.poll()
+        waiting.register(self._news, select.POLLIN)
+        waiting.register(self._stop, select.POLLIN)
+        while self._stop not in (fd for fd, _ in waiting.poll()):
+            if _drain(self._news):
+                self._changed()
+
+
+def _subscribe() -> socket.socket:
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    news = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+    news.bind((0, GROUPS))
+    return news
+
+
+def _drain(news: socket.socket) -> bool:
+    """Take all that is there; say whether any of it, or of what the kernel left out, may be podlane's."""
+    ours = False
+    while True:
+        try:
+            ours |= any(_is_ours(message) for message in messages(news.recv(RECEIVE)))
+        except BlockingIOError:
+            return ours
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            ours = True
+
+
+def _is_ours(message: Message) -> bool:
+    if message.type in (RTM_NEWROUTE, RTM_DELROUTE):
+        return bool(ROUTE.unpack_from(message.body)[3] == PROTOCOL)
+    if message.type in (RTM_NEWNEIGH, RTM_DELNEIGH):
+        return OUR_NEIGHBOUR in message.body
+    return message.type in (RTM_NEWLINK, RTM_DELLINK) and OUR_ALIAS in message.body

@@ -1,0 +1,191 @@
+"""Wiring one pod: the veth pair, its host end, and everything inside the pod's network namespace."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv6Address
+
+from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_SETLINK
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfmsg
+from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
+from pyroute2.netlink.rtnl.rtmsg import RTNH_F_ONLINK, rtmsg
+
+from agent.netlink import sysctl
+from agent.netlink.channel import Request, errno_of, perform, request
+from agent.netlink.devices import delete_device, index
+from agent.netlink.netns import in_netns
+from agent.netlink.rtnl import ADD, FAMILY, PUT, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, RTN_UNICAST
+from agent.state import Address, KernelError
+
+IPV6_MIN_MTU = 1280  # bytes, RFC 8200 section 5; the kernel keeps IPv6 off devices below it
+IN6_ADDR_GEN_MODE_NONE = 1
+IFA_F_NODAD = 0x02
+RTPROT_STATIC = 4
+
+
+class InterfaceExists(KernelError):
+    """The pod already has an interface of that name."""
+
+
+def create_pair(host: str, host_mac: str, pod: str, pod_mac: str, mtu: int, alias: str, netns: int) -> int:
+    """Create a veth pair, `pod` in the given namespace and `host` in ours, both down; return `host`'s index.
+
+    The MAC addresses are set at creation: systemd-udevd rewrites only those that the kernel made up. `alias`
+    is how a restarted agent recognises the device as its own (see `devices`). Raises InterfaceExists if the
+    pod has that interface already, else KernelError; either way nothing is left behind.
+    """
+    what = f"create veth {host} with {pod} in the pod"
+    # ip link add HOST address MAC mtu MTU type veth peer name POD netns NETNS address MAC mtu MTU
+    peer = [*_identity(pod, pod_mac, mtu), ("IFLA_NET_NS_FD", netns)]
+    data = {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}
+    kind = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
+    ends = [*_identity(host, host_mac, mtu), ("IFLA_LINKINFO", kind)]
+    try:
+        perform([request(what, ifinfmsg, RTM_NEWLINK, ADD, attributes=ends)])
+    except KernelError as error:
+        if errno_of(error) == errno.EEXIST and in_netns(netns, lambda: index(pod)):
+            raise InterfaceExists(f"{what}: the pod already has an interface {pod}") from error
+        raise
+    try:
+        # Not in one batch with the above: were the name taken, this would change a device that is not ours.
+        perform([_set_link(host, mtu, [("IFLA_IFALIAS", alias)])])
+        return _index(host)
+    except KernelError:
+        delete_device(host)
+        raise
+
+
+def raise_host(host: str, *, ipv6: bool = True) -> None:
+    """Set the host end of a veth pair up, ready to route. Raises KernelError.
+
+    With `ipv6`, also if the node has it switched off by default. A pod's router advertisements are not heard.
+    """
+    sysctl.ensure(f"net/ipv4/conf/{host}/forwarding", "1")
+    if ipv6:
+        sysctl.ensure(f"net/ipv6/conf/{host}/disable_ipv6", "0")
+        sysctl.ensure(f"net/ipv6/conf/{host}/accept_ra", "0")
+        sysctl.ensure(f"net/ipv6/conf/{host}/forwarding", "1")
+    perform([_up(host)])
+
+
+def configure_pod(
+    netns: int,
+    pod: str,
+    addresses: Sequence[Address],
+    link_local: IPv6Address | None,
+    host_mac: str,
+    mtu: int,
+    gateways: Mapping[int, Address],
+) -> None:
+    """Give a pod's interface its addresses, neighbours and routes, and set it up. Raises KernelError.
+
+    `addresses` become /32 and /128. For each family among them, `gateways` (by IP version) names the
+    link-local address that stands for the node: a permanent neighbour at `host_mac`, and the next hop of the
+    default route. `link_local` is the interface's own fe80:: address, for a pod with IPv6 addresses. Routes
+    that the pod has already, from another attachment, stay. `mtu` is that of the interface, in bytes.
+    """
+    versions = sorted({address.version for address in addresses})
+    hops = [gateways[version] for version in versions]
+
+    def work() -> None:
+        number = _index(pod)
+        if 6 in versions:
+            _enable_ipv6(pod)
+        wanted = [_set_link(pod, mtu, []), _up(pod)]
+        wanted += [_add_address(number, address, address.max_prefixlen) for address in addresses]
+        if link_local and 6 in versions:
+            wanted.append(_add_address(number, link_local, 64))
+        for hop in hops:
+            wanted += [_add_neighbour(number, hop, host_mac), *_add_routes(number, hop)]
+        perform(wanted)
+
+    in_netns(netns, work)
+
+
+def _index(name: str) -> int:
+    number = index(name)
+    if number is None:
+        raise KernelError(f"set up {name}: there is no such device")
+    return number
+
+
+def _identity(name: str, mac: str, mtu: int) -> list[tuple[str, object]]:
+    return [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu)]
+
+
+def _set_link(name: str, mtu: int, values: list[tuple[str, object]]) -> Request:
+    """Set attributes of a device that is down; keep the kernel from making up a link-local address for it."""
+    # ip link set NAME addrgenmode none
+    if mtu >= IPV6_MIN_MTU and sysctl.ipv6_present():
+        mode = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}
+        values = [*values, ("IFLA_AF_SPEC", {"attrs": [("AF_INET6", mode)]})]
+    return request(f"set up {name}", ifinfmsg, RTM_SETLINK, attributes=[("IFLA_IFNAME", name), *values])
+
+
+def _up(name: str) -> Request:
+    # ip link set NAME up
+    flags = {"flags": IFF_UP, "change": IFF_UP}
+    return request(f"set {name} up", ifinfmsg, RTM_SETLINK, fields=flags, attributes=[("IFLA_IFNAME", name)])
+
+
+def _enable_ipv6(pod: str) -> None:
+    for device in ("lo", pod):  # lo too: a pod's packets to itself go through it
+        sysctl.ensure(f"net/ipv6/conf/{device}/disable_ipv6", "0")
+    # Its routes are set below: it need not solicit routers, and must not believe any.
+    sysctl.ensure(f"net/ipv6/conf/{pod}/accept_ra", "0")
+
+
+def _add_address(number: int, address: Address, bits: int) -> Request:
+    # ip address add ADDRESS/BITS dev POD nodad
+    flags = IFA_F_NODAD if address.version == 6 else 0
+    scope = RT_SCOPE_LINK if address.is_link_local else RT_SCOPE_UNIVERSE
+    fields = {
+        "family": FAMILY[address.version],
+        "prefixlen": bits,
+        "index": number,
+        "flags": flags,
+        "scope": scope,
+    }
+    value = str(address)
+    what = f"add address {value}/{bits} in the pod"
+    return request(
+        what,
+        ifaddrmsg,
+        RTM_NEWADDR,
+        ADD,
+        fields=fields,
+        attributes=[("IFA_LOCAL", value), ("IFA_ADDRESS", value)],
+    )
+
+
+def _add_neighbour(number: int, gateway: Address, mac: str) -> Request:
+    # ip neighbour replace GATEWAY lladdr MAC dev POD nud permanent
+    fields = {"family": FAMILY[gateway.version], "ifindex": number, "state": NUD_PERMANENT}
+    what = f"add neighbour {gateway} in the pod"
+    entry = [("NDA_DST", str(gateway)), ("NDA_LLADDR", mac)]
+    return request(what, ndmsg, RTM_NEWNEIGH, PUT, fields=fields, attributes=entry)
+
+
+def _add_routes(number: int, gateway: Address) -> list[Request]:
+    # ip route add GATEWAY dev POD scope link; ip route add default via GATEWAY dev POD onlink
+    common = {
+        "family": FAMILY[gateway.version],
+        "table": RT_TABLE_MAIN,
+        "proto": RTPROT_STATIC,
+        "type": RTN_UNICAST,
+    }
+    device = ("RTA_OIF", number)
+    to_gateway = {**common, "dst_len": gateway.max_prefixlen, "scope": RT_SCOPE_LINK}
+    default = {**common, "scope": RT_SCOPE_UNIVERSE, "flags": RTNH_F_ONLINK}
+    return [
+        _add_route(f"route to {gateway}", to_gateway, [("RTA_DST", str(gateway)), device]),
+        _add_route(f"default route via {gateway}", default, [("RTA_GATEWAY", str(gateway)), device]),
+    ]
+
+
+def _add_route(name: str, fields: dict[str, int], attributes: list[tuple[str, object]]) -> Request:
+    what = f"add {name} in the pod"
+    taken = (errno.EEXIST,)
+    return request(what, rtmsg, RTM_NEWROUTE, ADD, fields=fields, attributes=attributes, tolerated=taken)

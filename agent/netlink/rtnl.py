@@ -1,0 +1,44 @@
+"""Numbers and layouts of rtnetlink (linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h, pkt_cls.h)."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE
+
+# How podlane marks its own routes and neighbours (`ip route show proto 112`), and its place among tc filters.
+PROTOCOL = 112
+
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}  # by IP version
+
+ADD: int = NLM_F_CREATE | NLM_F_EXCL
+CHANGE: int = NLM_F_REPLACE
+PUT: int = NLM_F_CREATE | NLM_F_REPLACE
+
+RT_TABLE_MAIN = 254
+RTN_UNICAST = 1
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
+
+# The fixed parts of messages, before their attributes.
+LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, index
+ROUTE = struct.Struct("=BBxxBBBBI")  # struct rtmsg: family, prefix length, table, protocol, scope, type, flags
+NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, flags, type
+FILTER = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
+NEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, index
+
+IFLA_IFNAME, IFLA_MTU, IFLA_IFALIAS = 3, 4, 20
+RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
+NDA_DST, NDA_LLADDR, NDA_PROTOCOL = 1, 2, 12
+TCA_OPTIONS, TCA_BPF_NAME, TCA_BPF_ID = 2, 7, 11
+
+
+def u32(value: bytes) -> int:
+    """Return the number in a 32-bit attribute (device index, MTU, program id)."""
+    return int(struct.unpack("=I", value)[0])
+
+
+def text(value: bytes) -> str:
+    """Return the string in an attribute."""
+    return value.rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,45 @@
+"""What should be in the kernel: a pure function of the pods in the store and the devices that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv6Address
+
+from agent.state import Attached, Endpoint, Hook, Neighbour, State
+from agent.store import Phase, Pod
+
+
+def plan(pods: Iterable[Pod], indexes: Mapping[str, int]) -> State:
+    """Return the desired state.
+
+    `indexes` gives the interface index of each host-side device that exists; a pod whose device is missing gets
+    nothing, since packets to it could go nowhere. A pod that is being released keeps its programs, which drop whatever
+    it still sends, until its device is gone.
+    """
+    desired = State()
+    for pod in pods:
+        ifindex = indexes.get(pod.device)
+        if ifindex is None:
+            continue
+        desired.hooks[Hook(pod.device, "ingress")] = Attached(ifindex, "from_pod")
+        desired.hooks[Hook(pod.device, "egress")] = Attached(ifindex, "to_pod")
+        if pod.phase is not Phase.RELEASING:
+            _plan_addresses(desired, pod, ifindex)
+    return desired
+
+
+def _plan_addresses(desired: State, pod: Pod, ifindex: int) -> None:
+    for address in pod.addresses:
+        desired.endpoints[address] = Endpoint(ifindex, pod.mac)
+        desired.neighbours[Neighbour(address, ifindex)] = pod.mac
+        desired.routes[address] = ifindex
+    if any(address.version == 6 for address in pod.addresses):
+        # An endpoint, so that anti-spoofing knows it; link-local destinations are never forwarded.
+        desired.endpoints[link_local(pod.mac)] = Endpoint(ifindex, pod.mac)
+
+
+def link_local(mac: str) -> IPv6Address:
+    """Return the link-local address of a MAC address "xx:xx:xx:xx:xx:xx" (RFC 4291, appendix A: modified EUI-64)."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+    return IPv6Address(b"\xfe\x80" + bytes(6) + identifier)

@@ -1,0 +1,96 @@
+"""The agent's unix socket: launchers call here. Root only, by the mode of the socket and by the peer's credentials."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import socketserver
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cni import wire
+
+log = logging.getLogger(__name__)
+
+_RECEIVE_SECONDS = 10.0  # a launcher sends what it has at once
+_CONCURRENT = 16  # enough to keep the kernel busy; the others wait in line
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
+
+Handle = Callable[[wire.Request], wire.Reply]
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Serves each launcher in a thread of its own."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+    def __init__(self, path: Path, handle: Handle) -> None:
+        """Listen on `path`, in place of the socket of an earlier agent. Raises OSError."""
+        self._handle = handle
+        self._turns = threading.BoundedSemaphore(_CONCURRENT)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path = path
+        path.unlink(missing_ok=True)
+        super().__init__(str(path), socketserver.BaseRequestHandler)
+        self._inode = path.stat().st_ino
+
+    def server_bind(self) -> None:
+        """Bind with a mode that lets nobody else connect, not even for a moment."""
+        previous = os.umask(0o177)
+        try:
+            super().server_bind()
+        finally:
+            os.umask(previous)
+
+    def start(self) -> None:
+        """Serve in a thread of its own until `stop`."""
+        threading.Thread(target=self.serve_forever, name="server", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop listening. The socket goes, unless another agent has put its own there."""
+        self.shutdown()
+        self.server_close()
+        if self._path.exists() and self._path.stat().st_ino == self._inode:
+            self._path.unlink()
+
+    def finish_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+        """Serve one launcher."""
+        with self._turns:
+            _, uid, _ = _CREDENTIALS.unpack(
+                request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            if uid != 0:
+                log.warning("refused caller uid=%d", uid)
+                return
+            request.settimeout(_RECEIVE_SECONDS)
+            try:
+                _serve(request, self._handle)
+            except wire.WireError as error:
+                log.warning("launcher gave up or spoke nonsense error=%r", str(error))
+
+
+def _serve(connection: socket.socket, handle: Handle) -> None:
+    request = wire.receive(connection)
+    try:
+        wire.reply(connection, handle(request))
+    finally:
+        if request.netns is not None:
+            os.close(request.netns)
+
+
+def observed(handle: Handle, observe: Callable[[str, int, float], None]) -> Handle:
+    """Wrap a handler so that `observe(command, exit code, seconds)` is told of each call."""
+
+    def wrapped(request: wire.Request) -> wire.Reply:
+        start = time.perf_counter()
+        reply = handle(request)
+        observe(request.env.get("CNI_COMMAND", ""), reply.exit_code, time.perf_counter() - start)
+        return reply
+
+    return wrapped

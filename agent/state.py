@@ -1,0 +1,78 @@
+"""What podlane keeps in the kernel, as plain values, and the interface of the tables that hold it there.
+
+Pure: no I/O. `plan` computes a desired `State`, `diff` compares it with the actual one, `loop` brings the kernel to it
+through one `Table` per kind of object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from typing import Literal, Protocol, TypeVar
+
+Address = IPv4Address | IPv6Address
+Direction = Literal["ingress", "egress"]
+Program = Literal["from_pod", "to_pod"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class KernelError(Exception):
+    """The kernel refused an operation; the message names the operation, the object and the kernel's reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A local pod as the datapath knows it: the host end of its veth pair and the MAC address of its own end."""
+
+    ifindex: int
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One place on a device where a program runs; ingress of the host end sees what the pod sends."""
+
+    device: str
+    direction: Direction
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What runs at a hook: the device's index (a recreated device has a new one) and the program's name."""
+
+    ifindex: int
+    program: Program | str
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A permanent neighbour entry's key: who is on which device."""
+
+    address: Address
+    ifindex: int
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything podlane holds in the kernel beside the veth pairs, one mapping per table."""
+
+    endpoints: dict[Address, Endpoint] = field(default_factory=dict)
+    hooks: dict[Hook, Attached] = field(default_factory=dict)
+    neighbours: dict[Neighbour, str] = field(default_factory=dict)
+    routes: dict[Address, int] = field(default_factory=dict)
+
+
+class Table(Protocol[K, V]):
+    """One kind of kernel object, recognised as podlane's own by a rule that survives a restart of the agent."""
+
+    def read(self) -> dict[K, V]:
+        """Return all of podlane's own objects of this kind that are in the kernel now. Raises KernelError."""
+
+    def upsert(self, items: Mapping[K, V]) -> dict[K, KernelError]:
+        """Create or replace the given objects, each atomically; return the failures by key."""
+
+    def delete(self, keys: Iterable[K]) -> dict[K, KernelError]:
+        """Delete the given objects; one that is already gone counts as deleted. Return the failures by key."""

@@ -1,0 +1,104 @@
+"""A pod's veth pair, from the netlink calls that make it: which names, addresses and order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address
+
+from agent import netlink
+from agent.plan import link_local
+from agent.state import Address, KernelError
+from agent.store import Netns, Pod
+from cni.call import Attachment
+
+GATEWAYS: dict[int, Address] = {4: IPv4Address("169.254.1.1"), 6: IPv6Address("fe80::1")}
+"""The pods' gateway of each family: link-local, so that it takes no address from any range and is the same on all nodes."""
+
+HOST_MAC = "02:70:6c:61:6e:65"
+"""Of every host end: locally administered, and "plane" in ASCII. Pods are links of their own, so one serves all."""
+
+def device_name(attachment: Attachment) -> str:
+    """Return the host end's name: the prefix and 48 bits of a hash, within IFNAMSIZ."""
+    return netlink.NAME_PREFIX + _digest(attachment)[:6].hex()
+
+
+def pod_mac(attachment: Attachment) -> str:
+    """Return the pod's own MAC: locally administered, unicast, and the same whenever the pair must be made again."""
+    return ":".join(f"{octet:02x}" for octet in b"\x02" + _digest(attachment)[6:11])
+
+
+def _digest(attachment: Attachment) -> bytes:
+    return hashlib.sha256(str(attachment).encode()).digest()
+
+
+def netns_id(netns: int) -> str:
+    """Return the identity of the network namespace behind an open file; unique until the namespace is gone."""
+    status = os.fstat(netns)
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+class Wiring:
+    """Makes and removes the pairs. Thread-safe; all methods raise KernelError."""
+
+    def create(self, pod: Pod, netns: int) -> None:
+        """Make the pair, the host end up. The pod's end stays down: nothing flows before its programs are attached."""
+        netlink.create_pair(
+            host=pod.device,
+            host_mac=HOST_MAC,
+            pod=pod.attachment.ifname,
+            pod_mac=pod.mac,
+            mtu=pod.mtu,
+            alias=f"{netlink.ALIAS_PREFIX}{pod.attachment}",
+            netns=netns,
+        )
+        netlink.raise_host(pod.device)
+
+    def configure(self, pod: Pod, netns: int) -> None:
+        """Give the pod's end its addresses, neighbours and routes, and set it up."""
+        has_ipv6 = any(address.version == 6 for address in pod.addresses)
+        netlink.configure_pod(
+            netns,
+            pod.attachment.ifname,
+            addresses=pod.addresses,
+            link_local=link_local(pod.mac) if has_ipv6 else None,
+            host_mac=HOST_MAC,
+            mtu=pod.mtu,
+            gateways=GATEWAYS,
+        )
+
+    def delete(self, device: str) -> None:
+        """Remove a pair by its host end's name; one that is gone already is fine."""
+        netlink.delete_device(device)
+
+    def indexes(self, pods: Sequence[Pod]) -> dict[str, int]:
+        """Return the interface index of every given pod's host end that exists, by name."""
+        found = ((pod.device, netlink.index(pod.device)) for pod in pods)
+        return {device: index for device, index in found if index is not None}
+
+    def restore(self, pod: Pod) -> None:
+        """Make the pair of an active pod again, without its addresses: `finish_restore` gives them, and sets it up."""
+        with _opened(pod.netns) as netns:
+            self.create(pod, netns)
+
+    def finish_restore(self, pod: Pod) -> None:
+        """Configure a restored pair, once its programs are in force."""
+        with _opened(pod.netns) as netns:
+            self.configure(pod, netns)
+
+
+@contextmanager
+def _opened(netns: Netns) -> Iterator[int]:
+    """Open a network namespace by the path that the runtime gave, if it is still the same one."""
+    try:
+        descriptor = os.open(netns.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"open network namespace {netns.path}: {error.strerror}") from error
+    try:
+        if netns_id(descriptor) != netns.id:
+            raise KernelError(f"network namespace {netns.path} is another one than at ADD")
+        yield descriptor
+    finally:
+        os.close(descriptor)

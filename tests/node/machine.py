@@ -1,0 +1,327 @@
+"""A machine for node tests: a network namespace with a real agent, its own bpffs and directories, and pods."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from agent.netlink.netns import in_netns
+from tests.support import bpffs
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = ROOT / "build" / "podlane"
+START_SECONDS = 30.0
+
+
+class Netns:
+    """A named network namespace with its loopback up."""
+
+    def __init__(self, hint: str) -> None:
+        self.name = f"plt-{hint}-{uuid.uuid4().hex[:8]}"
+        self.path = Path("/run/netns") / self.name
+        run("ip", "netns", "add", self.name)
+        run("ip", "-n", self.name, "link", "set", "lo", "up")
+
+    def delete(self) -> None:
+        """Delete it, with all that is in it, once its last process ends."""
+        subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
+
+    def command(self, *argv: str) -> list[str]:
+        """Return the argument list that runs a program in here; mounts stay those of the caller."""
+        return ["nsenter", f"--net={self.path}", *argv]
+
+    def run(self, *argv: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run a program in here and return what it printed."""
+        return run(*self.command(*argv), check=check, timeout=timeout)
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Call a function in a thread that lives in here."""
+        with self.path.open("rb") as file:
+            return in_netns(file.fileno(), work)
+
+
+def run(*argv: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a program; a failure shows what it printed."""
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(argv)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the runtime sees of a CNI call."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        """Return the one JSON document on stdout."""
+        return json.loads(self.stdout)
+
+
+@dataclass(frozen=True)
+class TestPod:
+    """A pod that ADD has wired: a network namespace and the addresses that ADD reported."""
+
+    __test__ = False
+    netns: Netns
+    container_id: str
+    result: Mapping[str, Any]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Its addresses, IPv4 first."""
+        return [each["address"].partition("/")[0] for each in self.result["ips"]]
+
+    @property
+    def device(self) -> str:
+        """The host end of its veth pair."""
+        return str(self.result["interfaces"][0]["name"])
+
+    @property
+    def mac(self) -> str:
+        """Its own MAC address."""
+        return str(self.result["interfaces"][1]["mac"])
+
+
+class Machine:
+    """One node. `config` overrides the agent's configuration, key by key."""
+
+    def __init__(self, directory: Path, stack: ExitStack, **config: object) -> None:
+        self.directory = directory
+        self.netns = Netns("node")
+        self._stack = stack
+        stack.callback(self.netns.delete)
+        self.bpffs = stack.enter_context(bpffs(directory / "bpf")) / "podlane"
+        for name in ("conf", "bin", "state"):
+            (directory / name).mkdir()
+        self.config = directory / "agent.yaml"
+        self.configure(**config)
+        self.agent: subprocess.Popen[bytes] | None = None
+        self.agent_command: Sequence[str] = (sys.executable, "-m", "agent")
+        self.log = directory / "agent.log"
+        stack.callback(self.kill_agent)
+
+    def configure(self, **config: object) -> None:
+        """Write the configuration: defaults, this machine's paths, and the given keys."""
+        paths = {
+            "socket": self.directory / "cni.sock",
+            "state": self.directory / "state",
+            "spool": self.directory / "spool",
+            "bpffs": self.bpffs,
+            "cni_conf_dir": self.directory / "conf",
+            "cni_bin_dir": self.directory / "bin",
+            "launcher": LAUNCHER,
+        }
+        content = {"resync_seconds": 1.0, "paths": {key: str(path) for key, path in paths.items()}, **config}
+        self.config.write_text(yaml.safe_dump(content))
+
+    def add_uplink(self) -> Netns:
+        """Give the node a way out, as every node has: 192.0.2.10 and 2001:db8::10, and a neighbour at .1 and ::1."""
+        world = Netns("world")
+        self._stack.callback(world.delete)
+        run(
+            "ip",
+            "-n",
+            self.netns.name,
+            "link",
+            "add",
+            "uplink",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "outside",
+            "netns",
+            world.name,
+        )
+        for netns, device, last in ((self.netns, "uplink", "10"), (world, "outside", "1")):
+            run("ip", "-n", netns.name, "address", "add", f"192.0.2.{last}/24", "dev", device)
+            run("ip", "-n", netns.name, "address", "add", f"2001:db8::{last}/64", "dev", device, "nodad")
+            run("ip", "-n", netns.name, "link", "set", "dev", device, "up")
+        self.netns.run("ip", "route", "add", "default", "via", "192.0.2.1")
+        self.netns.run("ip", "route", "add", "default", "via", "2001:db8::1")
+        return world
+
+    def start_agent(self, *, wait: bool = True) -> None:
+        """Start the agent; by default, wait until it is ready."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with self.log.open("ab") as log:
+            command = self.netns.command(*self.agent_command, "--config", str(self.config))
+            self.agent = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Wait until /readyz says yes."""
+        self.wait_for(lambda: self.get("/readyz")[0] == 200, "the agent to be ready")
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+        """Poll until the condition holds; fail with the agent's log."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline or (self.agent and self.agent.poll() is not None):
+                raise AssertionError(f"waited in vain for {what}; the agent's log ends:\n{self.log_tail()}")
+            time.sleep(0.02)
+
+    def log_tail(self) -> str:
+        """Return the end of the agent's log."""
+        return self.log.read_text()[-4000:] if self.log.exists() else ""
+
+    def stop_agent(self) -> int:
+        """SIGTERM the agent and return its exit status."""
+        assert self.agent is not None
+        self.agent.terminate()
+        status = self.agent.wait(timeout=10)
+        self.agent = None
+        return status
+
+    def kill_agent(self) -> None:
+        """SIGKILL the agent, if it runs."""
+        if self.agent is not None:
+            self.agent.send_signal(signal.SIGKILL)
+            self.agent.wait()
+            self.agent = None
+
+    def get(self, path: str) -> tuple[int, str]:
+        """GET from the agent's metrics port; status 0 if nobody listens."""
+
+        def fetch() -> tuple[int, str]:
+            connection = http.client.HTTPConnection("127.0.0.1", 9815, timeout=5)
+            try:
+                connection.request("GET", path)
+                response = connection.getresponse()
+                return response.status, response.read().decode()
+            except OSError:
+                return 0, ""
+            finally:
+                connection.close()
+
+        answer: tuple[int, str] = self.netns.call(fetch)
+        return answer
+
+    def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Scrape: (name, label values in the labels' alphabetical order) → value."""
+        status, text = self.get("/metrics")
+        assert status == 200, text
+        return {
+            (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def packets(self) -> dict[str, int]:
+        """Return the packets counted so far, by outcome."""
+        return {
+            labels[0]: int(value)
+            for (name, labels), value in self.metrics().items()
+            if name == "podlane_datapath_packets_total"
+        }
+
+    def cni(
+        self,
+        command: str,
+        *,
+        container_id: str = "",
+        netns: str = "",
+        ifname: str = "eth0",
+        config: Mapping[str, object] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        """Call the launcher as a runtime would, in the node's network namespace."""
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PODLANE_SOCKET": str(self.directory / "cni.sock"),
+            "PODLANE_SPOOL": str(self.directory / "spool"),
+            "CNI_COMMAND": command,
+            "CNI_CONTAINERID": container_id,
+            "CNI_NETNS": netns,
+            "CNI_IFNAME": ifname,
+            "CNI_PATH": str(self.directory / "bin"),
+            **(env or {}),
+        }
+        stdin = json.dumps({"cniVersion": "1.1.0", "name": "podlane", "type": "podlane", **(config or {})})
+        done = subprocess.run(
+            self.netns.command(str(LAUNCHER)), input=stdin, env=environment, capture_output=True, text=True, timeout=90
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def make_pod(self, hint: str = "pod") -> TestPod:
+        """Make a network namespace and ADD it."""
+        netns = Netns(hint)
+        self._stack.callback(netns.delete)
+        outcome = self.cni("ADD", container_id=netns.name, netns=str(netns.path))
+        assert outcome.exit_code == 0, f"{outcome.stdout}\n{self.log_tail()}"
+        return TestPod(netns, netns.name, outcome.json())
+
+    def delete_pod(self, pod: TestPod) -> None:
+        """DEL a pod and delete its network namespace."""
+        outcome = self.cni("DEL", container_id=pod.container_id, netns=str(pod.netns.path))
+        assert outcome.exit_code == 0, f"{outcome.stdout}\n{self.log_tail()}"
+        pod.netns.delete()
+
+    def traces(self) -> dict[str, list[str]]:
+        """Return everything that pods have left on this machine: empty lists when nothing is left."""
+        import sqlite3
+
+        with sqlite3.connect(f"file:{self.directory}/state/ipam.db?mode=ro", uri=True) as db:
+            rows = [
+                str(row)
+                for row in db.execute("SELECT container_id FROM attachment UNION ALL SELECT hex(address) FROM address")
+            ]
+        links = self.bpffs / "links"
+        return {
+            "devices": [line for line in self.netns.run("ip", "-o", "link").stdout.splitlines() if ": pl" in line],
+            "routes": [
+                line
+                for family in ("-4", "-6")
+                for line in self.netns.run("ip", family, "route", "show", "proto", "112").stdout.splitlines()
+            ],
+            "neighbours": [
+                line
+                for line in self.netns.run("ip", "neigh", "show", "nud", "permanent").stdout.splitlines()
+                if "dev pl" in line
+            ],
+            "links": sorted(os.listdir(links)) if links.is_dir() else [],
+            "rows": rows,
+            "endpoints": self.endpoints(),
+            "spool": sorted(os.listdir(self.directory / "spool")) if (self.directory / "spool").is_dir() else [],
+        }
+
+    def endpoints(self) -> list[str]:
+        """Return the entries of the endpoint map, as bpftool prints them."""
+        pins = sorted((self.bpffs / "maps").glob("endpoints*"))
+        if not pins:
+            return []
+        return [
+            str(entry["key"])
+            for entry in json.loads(run("bpftool", "-j", "map", "dump", "pinned", str(pins[0])).stdout)
+        ]
+
+    def pings(self, source: TestPod, address: str, *options: str, count: int = 2) -> bool:
+        """Say whether every ping from the pod to the address is answered."""
+        done = source.netns.run("ping", "-c", str(count), "-i", "0.01", "-W", "2", *options, address, check=False)
+        return done.returncode == 0 and " 0% packet loss" in done.stdout
+
+
+@contextmanager
+def machine(directory: Path, **config: object) -> Iterator[Machine]:
+    """A node with nothing running on it yet."""
+    with ExitStack() as stack:
+        yield Machine(directory, stack, **config)

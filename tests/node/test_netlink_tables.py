@@ -1,0 +1,288 @@
+"""Host routes, neighbours, clsact filters and news of their changes, in a namespace of the test's own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+import pytest
+
+from agent import netlink
+from agent.netlink import monitor
+from agent.state import Address, Attached, Hook, KernelError, Neighbour
+from tests.node.namespaces import fresh_netns, ip, run
+
+pytestmark = pytest.mark.root
+
+FOUR, SIX = IPv4Address("10.77.0.1"), IPv6Address("fd77::1")
+MAC, OTHER_MAC = "02:bb:00:00:00:01", "02:bb:00:00:00:02"
+
+
+@pytest.fixture
+def host_ends() -> Iterator[tuple[int, int]]:
+    """Run the test on a host of its own with two host ends, plone and pltwo, up; yield their indexes."""
+    with fresh_netns():
+        for name in ("plone", "pltwo"):
+            run(f"ip link add {name} type veth peer name {name}peer")
+            run(f"ip link set {name} up alias podlane:{name}")
+            run(f"ip link set {name}peer up")
+        yield socket.if_nametoindex("plone"), socket.if_nametoindex("pltwo")
+
+
+def many(count: int) -> list[Address]:
+    """Return that many addresses, half of each family."""
+    half = range(1, count // 2 + 1)
+    return [*(FOUR + number for number in half), *(SIX + number for number in half)]
+
+
+class TestRoutes:
+    """RouteTable."""
+
+    def test_round_trip(self, host_ends: tuple[int, int]) -> None:
+        """What is put is read back, moves to another device, and is gone after deletion."""
+        one, two = host_ends
+        table = netlink.RouteTable()
+        assert table.upsert({FOUR: one, SIX: one}) == {}
+        assert table.read() == {FOUR: one, SIX: one}
+        assert table.upsert({FOUR: two, SIX: two}) == {}
+        assert table.read() == {FOUR: two, SIX: two}
+        assert table.delete([FOUR, SIX]) == {}
+        assert table.read() == {}
+        assert table.delete([FOUR, SIX]) == {}
+
+    def test_route_is_as_specified(self, host_ends: tuple[int, int]) -> None:
+        """The route is ADDRESS dev DEVICE scope link proto 112, alone for its address."""
+        netlink.RouteTable().upsert({FOUR: host_ends[0], SIX: host_ends[0]})
+        for family, address in ((4, FOUR), (6, SIX)):
+            (route,) = ip(f"-{family} route show table main proto 112")
+            assert (route["dst"], route["dev"], "gateway" in route) == (str(address), "plone", False)
+        assert ip("-4 route show proto 112")[0]["scope"] == "link"
+
+    def test_foreign_routes_are_left_alone(self, host_ends: tuple[int, int]) -> None:
+        """A route of someone else is not read, not replaced (that is a failure) and not deleted."""
+        table = netlink.RouteTable()
+        run(f"ip route add {FOUR} dev pltwo proto static")
+        run(f"ip -6 route add {SIX} dev pltwo proto static")
+        assert table.read() == {}
+        failures = table.upsert({FOUR: host_ends[0], SIX: host_ends[0], FOUR + 1: host_ends[0]})
+        assert failures.keys() == {FOUR, SIX}
+        assert str(failures[FOUR]).startswith(f"add route {FOUR} to device {host_ends[0]}: EEXIST")
+        assert table.read() == {FOUR + 1: host_ends[0]}
+        assert table.delete([FOUR, SIX]) == {}
+        for family in (4, 6):
+            assert [route["dev"] for route in ip(f"-{family} route show proto static")] == ["pltwo"]
+
+    def test_one_failure_does_not_stop_the_others(self, host_ends: tuple[int, int]) -> None:
+        """A route to a device that does not exist fails alone, and says so."""
+        table = netlink.RouteTable()
+        failures = table.upsert({FOUR: 99999, SIX: host_ends[0]})
+        assert failures.keys() == {FOUR}
+        assert re.match(rf"add route {FOUR} to device 99999: E(NODEV|INVAL)", str(failures[FOUR]))
+        assert table.read() == {SIX: host_ends[0]}
+
+    def test_a_full_node(self, host_ends: tuple[int, int]) -> None:
+        """A thousand routes go in, out and back in calls of one, however many datagrams they take."""
+        table, wanted = netlink.RouteTable(), dict.fromkeys(many(1000), host_ends[0])
+        assert table.upsert(wanted) == {}
+        assert table.read() == wanted
+        assert table.delete(wanted) == {}
+        assert table.read() == {}
+
+
+class TestNeighbours:
+    """NeighbourTable."""
+
+    def test_round_trip(self, host_ends: tuple[int, int]) -> None:
+        """What is put is read back, changes its MAC, and is gone after deletion."""
+        table = netlink.NeighbourTable()
+        keys = [Neighbour(address, host_ends[0]) for address in (FOUR, SIX)]
+        assert table.upsert(dict.fromkeys(keys, MAC)) == {}
+        assert table.read() == dict.fromkeys(keys, MAC)
+        (entry,) = ip(f"neighbour show {FOUR} dev plone")
+        assert (entry["lladdr"], entry["state"], entry["protocol"]) == (MAC, ["PERMANENT"], "112")
+        assert table.upsert(dict.fromkeys(keys, OTHER_MAC)) == {}
+        assert table.read() == dict.fromkeys(keys, OTHER_MAC)
+        assert table.delete(keys) == {}
+        assert table.read() == {}
+        assert table.delete(keys) == {}
+
+    def test_foreign_neighbours_are_left_alone(self, host_ends: tuple[int, int]) -> None:
+        """Permanent neighbours of someone else, and learned ones, are not read and stay."""
+        table, ours = netlink.NeighbourTable(), Neighbour(FOUR, host_ends[0])
+        run(f"ip neighbour add {FOUR + 1} lladdr {MAC} dev plone nud permanent")
+        run(f"ip neighbour add {SIX} lladdr {MAC} dev plone nud reachable")
+        assert table.upsert({ours: MAC}) == {}
+        assert table.read() == {ours: MAC}
+        assert table.delete([ours]) == {}
+        assert {item["dst"] for item in ip("neighbour show dev plone")} >= {str(FOUR + 1), str(SIX)}
+
+    def test_vanished_device(self, host_ends: tuple[int, int]) -> None:
+        """Deleting after the device has gone is fine; adding there is a failure that names both."""
+        table, key = netlink.NeighbourTable(), Neighbour(FOUR, host_ends[0])
+        table.upsert({key: MAC})
+        run("ip link delete plone")
+        assert table.read() == {}
+        assert table.delete([key]) == {}
+        assert str(table.upsert({key: MAC})[key]).startswith(f"add neighbour {FOUR} on device {key.ifindex}: E")
+
+    def test_a_full_node(self, host_ends: tuple[int, int]) -> None:
+        """Five hundred neighbours go in and come back."""
+        table = netlink.NeighbourTable()
+        wanted = {Neighbour(address, host_ends[0]): MAC for address in many(500)}
+        assert table.upsert(wanted) == {}
+        assert table.read() == wanted
+
+
+class TestClsact:
+    """ClsactHooks."""
+
+    @pytest.fixture
+    def programs(self) -> Iterator[dict[str, int]]:
+        """Load two programs that let every packet pass; yield their file descriptors."""
+        loaded = {name: load_program() for name in ("from_pod", "to_pod")}
+        yield loaded
+        for fd in loaded.values():
+            os.close(fd)
+
+    def test_round_trip(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
+        """Both hooks of a device are attached, read back and detached, and the qdisc goes with the last."""
+        hooks = netlink.ClsactHooks(programs, {name: program_id(fd) for name, fd in programs.items()})
+        ingress, egress = Hook("plone", "ingress"), Hook("plone", "egress")
+        wanted = {ingress: Attached(host_ends[0], "from_pod"), egress: Attached(host_ends[0], "to_pod")}
+        assert hooks.upsert(wanted) == {}
+        assert hooks.read() == wanted
+        shown = run("tc filter show dev plone ingress")
+        assert "podlane_from_pod direct-action" in shown
+        assert f"id {program_id(programs['from_pod'])} " in shown
+        assert hooks.delete([ingress]) == {}
+        assert hooks.read() == {egress: wanted[egress]}
+        assert hooks.delete([egress]) == {}
+        assert hooks.read() == {}
+        assert "clsact" not in run("tc qdisc show dev plone")
+        assert hooks.delete([ingress, egress, Hook("plgone", "ingress")]) == {}
+
+    def test_replacement(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
+        """A program of an earlier agent is read as stale, and replaced without a second filter beside it."""
+        hook, old = Hook("plone", "ingress"), load_program()
+        wanted = {hook: Attached(host_ends[0], "from_pod")}
+        try:
+            assert netlink.ClsactHooks({"from_pod": old}, {"from_pod": program_id(old)}).upsert(wanted) == {}
+            hooks = netlink.ClsactHooks(programs, {name: program_id(fd) for name, fd in programs.items()})
+            assert hooks.read() == {hook: Attached(host_ends[0], f"stale:{program_id(old)}")}
+        finally:
+            os.close(old)
+        assert hooks.upsert(wanted) == {}
+        assert hooks.read() == wanted
+        assert run("tc filter show dev plone ingress").count("podlane_") == 1
+
+    def test_foreign_filters_are_left_alone(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
+        """A filter of someone else is not read, not deleted, and keeps the qdisc."""
+        run("tc qdisc add dev plone clsact")
+        run("tc filter add dev plone ingress prio 7 u32 match u32 0 0")
+        hooks = netlink.ClsactHooks(programs, {name: program_id(fd) for name, fd in programs.items()})
+        hook = Hook("plone", "ingress")
+        assert hooks.read() == {}
+        assert hooks.upsert({hook: Attached(host_ends[0], "from_pod")}) == {}
+        assert hooks.delete([hook]) == {}
+        assert "u32" in run("tc filter show dev plone ingress")
+
+    def test_refusals(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
+        """Devices that are not podlane's, vanished devices and unknown programs are failures that say so."""
+        hooks = netlink.ClsactHooks(programs, {name: program_id(fd) for name, fd in programs.items()})
+        bad = {
+            Hook("eth0", "ingress"): Attached(host_ends[0], "from_pod"),
+            Hook("plgone", "ingress"): Attached(99999, "from_pod"),
+            Hook("plone", "egress"): Attached(host_ends[0], "unheard_of"),
+        }
+        failures = hooks.upsert(bad)
+        assert failures.keys() == bad.keys()
+        reasons = {hook.device: str(failure) for hook, failure in failures.items()}
+        assert "only devices pl" in reasons["eth0"]
+        assert re.match(r"attach from_pod at ingress of plgone: E(NODEV|INVAL)", reasons["plgone"])
+        assert reasons["plone"] == "attach unheard_of at egress of plone: no such program is loaded"
+        assert hooks.read() == {}
+
+
+class TestMonitor:
+    """Monitor."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "ip route delete 10.77.0.1",
+            "ip route replace 10.77.0.1 dev pltwo proto 112",
+            "ip -6 route delete fd77::1",
+            "ip neighbour delete 10.77.0.1 dev plone",
+            "ip neighbour replace fd77::1 lladdr 02:bb:00:00:00:09 dev plone nud permanent",
+            "ip link set plone down",
+            "ip link delete plone",
+        ],
+    )
+    def test_meddling_is_told(self, host_ends: tuple[int, int], change: str) -> None:
+        """Whatever is done to podlane's objects behind its back wakes the loop."""
+        put_everything(host_ends[0])
+        told = threading.Event()
+        with netlink.Monitor(told.set):
+            run(change)
+            assert told.wait(timeout=30)
+
+    def test_foreign_changes_are_not_told(self, host_ends: tuple[int, int]) -> None:
+        """Routes, neighbours and devices of others wake nobody; the same news about podlane's does."""
+        put_everything(host_ends[0])
+        with monitor._subscribe() as news:
+            run("ip route add 192.0.2.1 dev plone proto static")
+            run("ip neighbour add 192.0.2.1 lladdr 02:cc:00:00:00:01 dev plone nud permanent")
+            run("ip link set plonepeer mtu 1400")
+            assert not monitor._drain(news)
+            run("ip route delete 10.77.0.1")
+            assert monitor._drain(news)
+            assert not monitor._drain(news)
+
+    def test_lost_news_count_as_a_change(self, host_ends: tuple[int, int]) -> None:
+        """When more happens than the socket can hold, the loop is told to look for itself."""
+        with monitor._subscribe() as news:
+            news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it the least it allows
+            for number in range(20):
+                run(f"ip route add 192.0.2.{number + 1} dev plone proto static")
+            assert monitor._drain(news)
+
+    @pytest.mark.usefixtures("host_ends")
+    def test_stopping_leaves_nothing(self) -> None:
+        """Leaving the context ends the thread and closes what it used."""
+        before = (threading.active_count(), len(list(Path("/proc/self/fd").iterdir())))
+        for _ in range(20):
+            with netlink.Monitor(lambda: None):
+                pass
+        assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
+
+
+def put_everything(number: int) -> None:
+    """Add podlane's route and neighbour of both families on a device."""
+    assert netlink.RouteTable().upsert({FOUR: number, SIX: number}) == {}
+    neighbours = {Neighbour(address, number): MAC for address in (FOUR, SIX)}
+    assert netlink.NeighbourTable().upsert(neighbours) == {}
+
+
+def load_program() -> int:
+    """Load `return TC_ACT_UNSPEC` as a classifier; return its file descriptor."""
+    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    scheduler_classifier = 3  # linux/bpf.h: BPF_PROG_TYPE_SCHED_CLS
+    instructions = struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = -1; exit
+    fd: int = libbpf.bpf_prog_load(scheduler_classifier, b"pass", b"GPL", instructions, ctypes.c_size_t(2), None)
+    if fd < 0:
+        raise KernelError(f"load the test's program: {os.strerror(ctypes.get_errno())}")
+    return fd
+
+
+def program_id(fd: int) -> int:
+    """Return the kernel's id of a loaded program."""
+    found = re.search(r"^prog_id:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
