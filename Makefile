@@ -63,3 +63,12 @@ bench: setup build ## Measure against the reference plugins, interleaved; prints
 .PHONY: clean
 clean: ## Remove everything that was built here
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+
+.PHONY: install
+install: ## Install the agent on this node, to run from this folder (see README.md)
+	@deploy/setup.sh run
+	@$(MAKE) --no-print-directory build
+	install -D -m 755 $(LAUNCHER) /usr/lib/podlane/podlane
+	[ -e /etc/podlane/agent.yaml ] || install -D -m 644 deploy/agent.yaml /etc/podlane/agent.yaml
+	sed 's|@ROOT@|$(CURDIR)|' deploy/podlane-agent.service > /etc/systemd/system/podlane-agent.service
+	@echo "Now set this node's ranges in /etc/podlane/agent.yaml, then: systemctl enable --now podlane-agent"

@@ -7,12 +7,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from agent.ranges import Range
 from cni.call import explain
 
 Network = IPv4Network | IPv6Network
+
+
+_V4_MAPPED = ip_network("::ffff:0:0/96")
 
 
 class ConfigError(Exception):
@@ -23,10 +35,23 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _parse_network(value: object) -> Network:
+    network = ip_network(str(value))  # says what is wrong, while pydantic's own types only say that something is
+    if network.version == 6 and network.overlaps(_V4_MAPPED):
+        raise ValueError(f"{network} has addresses that mean IPv4 ones (RFC 4291 section 2.5.5.2): give an IPv4 subnet")
+    return network
+
+
+def _check_port(address: str) -> str:
+    if int(address.rpartition(":")[2]) > 65535:
+        raise ValueError("the port is above 65535")
+    return address
+
+
 class Subnet(_Model):
     """A range of addresses for pods."""
 
-    subnet: Network
+    subnet: Annotated[Network, BeforeValidator(_parse_network)]
     """In CIDR form, host bits zero. Required."""
     first: str = ""
     """First address to give. Default: the subnet's first but its network (IPv6: subnet-router anycast) address."""
@@ -78,30 +103,32 @@ class Config(_Model):
     )
     """Each pod gets one address of every family that has a range; ranges of one family follow one another. Default:
     one node's share of what most clusters use."""
-    mtu: Annotated[int, Field(ge=0, le=65535)] = 0
+    mtu: Annotated[int, Field(strict=True, ge=0, le=65535)] = 0
     """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting."""
     hooks: Literal["auto", "tcx", "clsact"] = "auto"
     """How programs are attached. Default: tcx where the kernel has it (6.6), since its links are pinned and swapped
     atomically; else clsact filters."""
-    max_pods: Annotated[int, Field(ge=1, le=65536)] = 1024
+    max_pods: Annotated[int, Field(strict=True, ge=1, le=65536)] = 1024
     """Size of the endpoint map in pods. Default: far above the 110 of a usual node, at 300 kB of kernel memory."""
-    resync_seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    resync_seconds: Annotated[float, Field(strict=True, gt=0, le=3600)] = 5.0
     """How often the kernel is compared with what it should be, beside at every change that the kernel announces."""
-    metrics: Annotated[str, Field(pattern=r"^.+:\d+$")] = "127.0.0.1:9815"
+    metrics: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$"), AfterValidator(_check_port)] = "127.0.0.1:9815"
     """Address and port of /metrics, /healthz and /readyz. Default: this machine only."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Default: one line per change of state."""
     paths: Paths = Paths()
+    """Default: the usual places of a node."""
 
-    @model_validator(mode="after")
-    def _ranges_are_distinct(self) -> Config:
-        if not self.ranges:
-            raise ValueError("ranges is empty: give at least one subnet")
-        for index, one in enumerate(self.ranges):
-            for other in self.ranges[index + 1 :]:
+    @field_validator("ranges")
+    @classmethod
+    def _ranges_are_distinct(cls, ranges: tuple[Subnet, ...]) -> tuple[Subnet, ...]:
+        if not ranges:
+            raise ValueError("give at least one subnet")
+        for index, one in enumerate(ranges):
+            for other in ranges[index + 1 :]:
                 if one.subnet.version == other.subnet.version and one.subnet.overlaps(other.subnet):
-                    raise ValueError(f"ranges overlap: {one.subnet} and {other.subnet}")
-        return self
+                    raise ValueError(f"{one.subnet} and {other.subnet} overlap")
+        return ranges
 
 
 def load(path: Path) -> Config:
@@ -112,7 +139,9 @@ def load(path: Path) -> Config:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, allowed are keys with their values")
     try:
-        return Config.model_validate({} if raw is None else raw)
+        return Config.model_validate(raw or {})
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error)}") from error

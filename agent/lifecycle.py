@@ -42,8 +42,7 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
     metrics, readiness = Metrics(version), Readiness()
     with ExitStack() as cleanup:
         try:
-            metrics_server = serve(config.metrics, metrics.registry, readiness)
-            cleanup.callback(metrics_server.shutdown)
+            _serve_metrics(config.metrics, metrics, readiness, cleanup)
             node, spool = _start(config, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             raise StartError(str(error)) from error
@@ -55,6 +54,14 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
     log.info("stopped")
 
 
+def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> None:
+    try:
+        server = serve(address, metrics.registry, readiness)
+    except OSError as error:
+        raise StartError(f"serve metrics on {address}: {error.strerror}") from error
+    cleanup.callback(server.shutdown)
+
+
 def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> tuple[Node, Spool]:
     """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
     netlink.enable_forwarding()
@@ -64,9 +71,15 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
     store = Store(config.paths.state / "ipam.db", [each.range() for each in config.ranges], boot_id)
     cleanup.callback(store.close)
     wiring = Wiring()
+    hooks, other_hooks = _hooks(config, datapath)
     loop = Loop(
         store=store,
-        tables=_tables(config, datapath),
+        tables=Tables(
+            endpoints=tables.EndpointTable(datapath.maps["endpoints"]),
+            hooks=hooks,
+            neighbours=netlink.NeighbourTable(),
+            routes=netlink.RouteTable(),
+        ),
         devices=wiring,
         repaired=metrics.repaired,
         resync_seconds=config.resync_seconds,
@@ -77,6 +90,7 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
         loop.start()
         cleanup.callback(loop.stop)
         loop.sync(_FIRST_PASS_SECONDS)
+        _detach_replaced(hooks, other_hooks)
     datapath.prune()
     cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
     _release_leftovers(store, node, boot_id)
@@ -90,20 +104,21 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
         return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD})
 
 
-def _tables(config: Config, datapath: loader.Datapath) -> Tables:
+def _hooks(config: Config, datapath: loader.Datapath) -> tuple[Table[Hook, Attached], Table[Hook, Attached]]:
+    """Return the way to attach programs, and the other one, which an earlier agent may have used."""
     tcx = tables.tcx_supported() if config.hooks == "auto" else config.hooks == "tcx"
     log.info("attaching by hooks=%s", "tcx" if tcx else "clsact")
-    hooks: Table[Hook, Attached] = (
-        tables.TcxHooks(datapath, config.paths.bpffs)
-        if tcx
-        else netlink.ClsactHooks(datapath.programs, datapath.program_ids)
-    )
-    return Tables(
-        endpoints=tables.EndpointTable(datapath.maps["endpoints"]),
-        hooks=hooks,
-        neighbours=netlink.NeighbourTable(),
-        routes=netlink.RouteTable(),
-    )
+    by_tcx = tables.TcxHooks(datapath, config.paths.bpffs)
+    by_clsact = netlink.ClsactHooks(datapath.programs, datapath.program_ids)
+    return (by_tcx, by_clsact) if tcx else (by_clsact, by_tcx)
+
+
+def _detach_replaced(hooks: Table[Hook, Attached], other: Table[Hook, Attached]) -> None:
+    """Detach what an earlier agent attached the other way, where it is in force this way or the device is gone."""
+    in_force = hooks.read().keys()
+    replaced = [hook for hook, attached in other.read().items() if hook in in_force or not attached.ifindex]
+    for error in other.delete(replaced).values():
+        log.error("cannot detach what an earlier agent attached error=%r", str(error))
 
 
 def _release_leftovers(store: Store, node: Node, boot_id: str) -> None:
@@ -133,7 +148,7 @@ def _become_ready(config: Config, node: Node, metrics: Metrics, readiness: Readi
         install_conflist(config.paths.cni_conf_dir, config.network)
     except (SelfTestFailed, InstallError) as error:
         if readiness.reason != str(error):
-            log.error("not ready reason=%r", str(error))  # noqa: TRY400  # expected trouble: no traceback
+            log.error("not ready reason=%r", str(error))  # expected trouble: no traceback
         readiness.reason = str(error)
         return
     readiness.reason = ""

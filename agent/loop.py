@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -45,12 +45,18 @@ class Devices(Protocol):
     def finish_restore(self, pod: Pod) -> None:
         """Let a restored pair carry packets. Raises KernelError."""
 
+    def fallen(self) -> set[str]:
+        """Return the names of host ends that exist, but are down. Raises KernelError."""
+
+    def lift(self, pod: Pod) -> None:
+        """Set a fallen host end up. Raises KernelError."""
+
 
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
 
 class Loop:
-    """Brings the kernel to the plan, in a thread of its own. `repaired(kind, count)` is told what had to be put back."""
+    """Brings the kernel to the plan, in a thread of its own; tells `repaired(kind, count)` what had to be put back."""
 
     def __init__(
         self,
@@ -67,10 +73,12 @@ class Loop:
         self._repaired = repaired
         self._interval = resync_seconds
         self._known: State | None = None  # what is in the kernel, as far as we know
-        self._failures: dict[str, str] = {}
+        self._failures: dict[str, str] = {}  # of the tables, by object
+        self._device_failures: dict[str, str] = {}
         self._condition = threading.Condition()
         self._requested = 0  # passes asked for
         self._done = 0  # requests that a finished pass has covered
+        self._trouble = ""  # why the last pass failed as a whole, if it did
         self._full_due = time.monotonic()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
@@ -93,13 +101,18 @@ class Loop:
             self._condition.notify_all()
 
     def sync(self, timeout: float) -> None:
-        """Wait until a pass that began after this call has ended. Raises TimeoutError after `timeout` seconds."""
+        """Wait until a pass that began after this call has ended.
+
+        Raises TimeoutError after `timeout` seconds, and KernelError if the pass failed as a whole.
+        """
         with self._condition:
             self._requested += 1
             ticket = self._requested
             self._condition.notify_all()
             if not self._condition.wait_for(lambda: self._done >= ticket, timeout):
                 raise TimeoutError(f"the kernel was not brought up to date within {timeout:g} s")
+            if self._trouble:
+                raise KernelError(f"the kernel cannot be brought up to date: {self._trouble}")
 
     def check(self, pod: Pod) -> None:
         """Raise KernelError unless all that the pod needs is in force, as far as the last pass knows."""
@@ -115,22 +128,33 @@ class Loop:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(self._has_work, self._full_due - time.monotonic())
+                while not self._has_work():
+                    # Not wait_for(): its time is fixed, and kernel_changed() may bring the full pass forward.
+                    self._condition.wait(self._full_due - time.monotonic())
                 if self._stopped:
                     return
                 covered = self._requested
                 full = time.monotonic() >= self._full_due
-            try:
-                self._pass(full)
-            except Exception:
-                # The kernel or the store may be in trouble for a while; the pods must not be, so try again.
-                log.exception("pass failed")
-                self._known = None
-            with self._condition:
-                if full or self._known is None:
+                if full:
+                    # Now, so that what the kernel announces during the pass is not forgotten after it.
                     self._full_due = time.monotonic() + self._interval
+            trouble = self._try_pass(full)
+            with self._condition:
+                self._trouble = trouble
                 self._done = covered
                 self._condition.notify_all()
+
+    def _try_pass(self, full: bool) -> str:
+        """Return what went wrong, if anything: kernel and store may be in trouble for a while, the pods must not be."""
+        try:
+            self._pass(full)
+        except Exception as error:
+            self._known = None
+            trouble = str(error) or repr(error)
+            if trouble != self._trouble:
+                log.exception("pass failed, and will be tried again")
+            return trouble
+        return ""
 
     def _has_work(self) -> bool:
         return self._stopped or self._requested > self._done or time.monotonic() >= self._full_due
@@ -138,8 +162,9 @@ class Loop:
     def _pass(self, full: bool) -> None:
         pods = self._store.pods()
         before, restored = self._known, []
+        device_failures: dict[str, KernelError] = {}
         if full or before is None:
-            restored = self._restore_devices(pods)
+            restored = self._mend_devices(pods, device_failures)
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
         known = self._known
         assert known is not None
@@ -147,29 +172,27 @@ class Loop:
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)
-        for pod in restored:
-            self._attempt(f"device {pod.device}", self._devices.finish_restore, pod)
+        _attempt(self._devices.finish_restore, restored, device_failures)
+        if full or before is None:
+            self._device_failures = _told(self._device_failures, device_failures)
 
-    def _restore_devices(self, pods: Sequence[Pod]) -> list[Pod]:
-        """Make the missing pairs of active pods; return those pods. ADD and DEL see to the others themselves."""
-        existing = self._devices.indexes(pods)
-        missing = [pod for pod in pods if pod.phase is Phase.ACTIVE and pod.device not in existing]
-        restored = [pod for pod in missing if self._attempt(f"device {pod.device}", self._devices.restore, pod)]
-        if restored:
-            self._repaired("devices", len(restored))
-            log.warning("repaired kind=devices count=%d first=%s", len(restored), restored[0].attachment)
+    def _mend_devices(self, pods: Sequence[Pod], failures: dict[str, KernelError]) -> list[Pod]:
+        """Make missing pairs and set fallen ones up, of active pods: ADD and DEL see to the others themselves.
+
+        Returns the pods whose pairs were made.
+        """
+        active = [pod for pod in pods if pod.phase is Phase.ACTIVE]
+        existing, fallen = self._devices.indexes(active), self._devices.fallen()
+        missing = [pod for pod in active if pod.device not in existing]
+        restored = _attempt(self._devices.restore, missing, failures)
+        lifted = _attempt(self._devices.lift, [pod for pod in active if pod.device in fallen], failures)
+        if mended := restored + lifted:
+            self._repaired("devices", len(mended))
+            log.warning("repaired kind=devices count=%d first=%s", len(mended), mended[0].attachment)
         return restored
 
-    def _attempt(self, what: str, action: Callable[[Pod], None], pod: Pod) -> bool:
-        try:
-            action(pod)
-        except KernelError as error:
-            self._fail(what, error)
-            return False
-        return True
-
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
-        """A repair is a change that is due now and was not before the kernel was read again."""
+        """Count as repairs the changes that are due now and were not before the kernel was read again."""
         for name in _NAMES:
             want = getattr(desired, name)
             due, was_due = diff(want, getattr(now, name)), diff(want, getattr(before, name))
@@ -192,16 +215,30 @@ class Loop:
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
                 for key in delta.delete - failed.keys():
                     getattr(known, name).pop(key, None)
-        self._failures = {what: self._failures.get(what, "") for what in failures}
-        for what, error in failures.items():
-            self._fail(what, error)
-
-    def _fail(self, what: str, error: KernelError) -> None:
-        """One log line per change of state: the same failure, pass after pass, is logged once."""
-        if self._failures.get(what) != str(error):
-            log.error("kernel refused what=%r error=%r", what, str(error))
-        self._failures[what] = str(error)
+        self._failures = _told(self._failures, failures)
 
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)
         return table
+
+
+def _attempt(action: Callable[[Pod], None], pods: Iterable[Pod], failures: dict[str, KernelError]) -> list[Pod]:
+    """Do it for each pod; return those for which it worked, and add the others to `failures`."""
+    done = []
+    for pod in pods:
+        try:
+            action(pod)
+        except KernelError as error:
+            failures[f"device {pod.device}"] = error
+        else:
+            done.append(pod)
+    return done
+
+
+def _told(before: Mapping[str, str], failures: Mapping[str, KernelError]) -> dict[str, str]:
+    """Log what is new among the failures, so that one which lasts is logged once; return all, for the next time."""
+    now = {what: str(error) for what, error in failures.items()}
+    for what, error in now.items():
+        if before.get(what) != error:
+            log.error("kernel refused what=%r error=%r", what, error)
+    return now

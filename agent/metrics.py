@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from socketserver import ThreadingMixIn
@@ -10,7 +11,14 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    make_wsgi_app,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -31,6 +39,7 @@ class Metrics:
     """All metrics of one agent, in a registry of its own."""
 
     def __init__(self, version: str) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which nobody reads
         self.registry = CollectorRegistry()
         self._operations = Counter(
             "podlane_cni_operations", "CNI calls served.", ["command", "result"], registry=self.registry
@@ -47,7 +56,10 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self._phases = Gauge(
-            "podlane_start_duration_seconds", "Time the phases of the last start took.", ["phase"], registry=self.registry
+            "podlane_start_duration_seconds",
+            "Time the phases of the last start took.",
+            ["phase"],
+            registry=self.registry,
         )
         self._ready = Gauge("podlane_ready", "1 if ADD can be served.", registry=self.registry)
         build = Gauge(
@@ -119,13 +131,17 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
+class _IPv6Server(_ThreadingServer):
+    address_family = socket.AF_INET6
+
+
 class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
+    def log_message(self, format: str, *args: object) -> None:  # the base class's name
         """Scrapes are not news."""
 
 
 def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WSGIServer:
-    """Serve /metrics, /healthz and /readyz on "host:port", in a thread. Raises OSError.
+    """Serve /metrics, /healthz and /readyz on "host:port" or "[host]:port" (IPv6), in a thread. Raises OSError.
 
     `shutdown()` ends the server.
     """
@@ -144,7 +160,8 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
         return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
 
     host, _, port = address.rpartition(":")
-    server = make_server(host.strip("[]"), int(port), app, _ThreadingServer, _QuietHandler)
+    kind = _IPv6Server if host.startswith("[") else _ThreadingServer
+    server = make_server(host.strip("[]"), int(port), app, kind, _QuietHandler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
 

@@ -47,6 +47,8 @@ def self_test(node: Node) -> None:
                 in_netns(netns, lambda: _exchange(address))
             finally:
                 node.release(_ATTACHMENT)
+    except OSError as error:
+        raise SelfTestFailed(f"the scratch pod cannot send: {error.strerror}; is CAP_NET_RAW missing?") from error
     except CniError as error:
         raise SelfTestFailed(f"the scratch pod cannot be attached: {error.message} {error.details}".strip()) from error
 

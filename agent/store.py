@@ -69,7 +69,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Netns:
-    """A pod's network namespace: the path that the runtime gave, and the identity ("device:inode") of what was there."""
+    """A pod's network namespace: the path that the runtime gave, and the identity "device:inode" of what was there."""
 
     path: str
     id: str
@@ -90,7 +90,7 @@ class Pod:
 
 
 class Store:
-    """The database, used from many threads; each method is one transaction."""
+    """The database, used from many threads; each method is one transaction. All may raise StoreError."""
 
     def __init__(self, path: Path, ranges: Sequence[Range], boot_id: str) -> None:
         """Open or create the database. Raises StoreError."""
@@ -99,16 +99,17 @@ class Store:
             for family in sorted({each.first.version for each in ranges})
         }
         self._boot_id = boot_id
+        self._path = path
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             path.chmod(0o600)
-            self._prepare(path)
+            self._prepare()
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot open the IPAM store {path}: {error}") from error
 
-    def _prepare(self, path: Path) -> None:
+    def _prepare(self) -> None:
         for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "busy_timeout = 5000"):
             self._db.execute(f"PRAGMA {pragma}")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -116,7 +117,8 @@ class Store:
             self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
         elif version != _SCHEMA_VERSION:
             raise StoreError(
-                f"the IPAM store {path} has schema {version}, this agent knows {_SCHEMA_VERSION}: run the agent that made it"
+                f"the IPAM store {self._path} has schema {version}, this agent knows {_SCHEMA_VERSION}:"
+                " run the agent that made it"
             )
 
     def close(self) -> None:
@@ -126,14 +128,17 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Do all of it or nothing; one thread at a time. Raises StoreError."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot use the IPAM store {self._path}: {error}") from error
+            finally:
+                if self._db.in_transaction:  # SQLite itself rolls back when the disk fails
+                    self._db.execute("ROLLBACK")
 
     def reserve(self, attachment: Attachment, *, device: str, mac: str, mtu: int, netns: Netns) -> Pod:
         """Give the attachment one address of each family, in phase RESERVED.
@@ -163,8 +168,8 @@ class Store:
         places = ", ".join("?" * len(origins))
         with self._transaction() as db:
             cursor = db.execute(
-                "UPDATE attachment SET phase = ? WHERE network = ? AND container_id = ? AND ifname = ?"
-                f" AND phase IN ({places})",  # noqa: S608  # question marks only
+                "UPDATE attachment SET phase = ? WHERE network = ? AND container_id = ? AND ifname = ?"  # noqa: S608
+                f" AND phase IN ({places})",  # question marks only
                 (to, *_key(attachment), *origins),
             )
             return cursor.rowcount == 1
@@ -172,18 +177,17 @@ class Store:
     def remove(self, attachment: Attachment) -> None:
         """Forget the attachment: its addresses are free from here on."""
         with self._transaction() as db:
-            db.execute(
-                "DELETE FROM attachment WHERE network = ? AND container_id = ? AND ifname = ?", _key(attachment)
-            )
+            db.execute("DELETE FROM attachment WHERE network = ? AND container_id = ? AND ifname = ?", _key(attachment))
 
     def pods(self) -> list[Pod]:
         """Return all attachments."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT network, container_id, ifname, device, mac, mtu, netns_path, netns_id, phase, boot_id FROM attachment"
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT network, container_id, ifname, device, mac, mtu, netns_path, netns_id, phase, boot_id"
+                " FROM attachment"
             ).fetchall()
             addresses: dict[str, list[Address]] = {}
-            for device, address in self._db.execute("SELECT device, address FROM address ORDER BY address"):
+            for device, address in db.execute("SELECT device, address FROM address ORDER BY address"):
                 addresses.setdefault(device, []).append(unpack(address))
         return [
             Pod(
@@ -205,9 +209,9 @@ class Store:
 
     def usage(self) -> list[tuple[Range, int]]:
         """Return every configured range with the number of its addresses in use."""
-        with self._lock:
+        with self._transaction() as db:
             return [
-                (each, sum(1 for _ in _used(self._db, each.first, each.last)))
+                (each, sum(1 for _ in _used(db, each.first, each.last)))
                 for ranges in self._ranges.values()
                 for each in ranges
             ]

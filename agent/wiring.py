@@ -35,9 +35,8 @@ def _digest(attachment: Attachment) -> bytes:
 
 
 def netns_id(netns: int) -> str:
-    """Return the identity of the network namespace behind an open file; unique until the namespace is gone."""
-    status = os.fstat(netns)
-    return f"{status.st_dev}:{status.st_ino}"
+    """Return the identity of the network namespace behind an open file. Raises KernelError."""
+    return f"{os.fstat(netns).st_ino}:{netlink.netns_cookie(netns)}"
 
 
 class Wiring:
@@ -84,9 +83,21 @@ class Wiring:
             self.create(pod, netns)
 
     def finish_restore(self, pod: Pod) -> None:
-        """Configure a restored pair, once its programs are in force."""
-        with _opened(pod.netns) as netns:
-            self.configure(pod, netns)
+        """Configure a restored pair, once its programs are in force; on failure it goes, to be made again."""
+        try:
+            with _opened(pod.netns) as netns:
+                self.configure(pod, netns)
+        except KernelError:
+            self.delete(pod.device)
+            raise
+
+    def fallen(self) -> set[str]:
+        """Return the names of host ends that somebody has set down, among podlane's."""
+        return netlink.fallen_devices()
+
+    def lift(self, pod: Pod) -> None:
+        """Set a fallen host end up."""
+        netlink.raise_host(pod.device)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
         return punt(skb, OUTCOME(punt_multicast));
     if (skb->pkt_type != PACKET_HOST)
         return punt(skb, OUTCOME(punt_other_mac));
-    if (packet->is_ipv6 && is_link_local(&packet->destination))
+    if (is_link_local(&packet->source) || is_link_local(&packet->destination))
         return punt(skb, OUTCOME(punt_link_local));
 
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);

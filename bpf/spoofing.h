@@ -44,7 +44,7 @@ static bool is_spoofed_neighbour(struct __sk_buff *skb, struct packet *packet)
     case ND_REDIRECT:
         return true;
     case ND_NEIGHBOUR_ADVERTISEMENT:
-        return !is_own_address(skb, &packet->neighbour);
+        return is_v4_mapped(&packet->neighbour) || !is_own_address(skb, &packet->neighbour);
     default:
         return false;
     }

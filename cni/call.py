@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -28,6 +29,8 @@ _COMMANDS = {
 }
 _NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$"
 _IFNAME_MAX_BYTES = 15  # IFNAMSIZ less its NUL
+_abbreviated = reprlib.Repr()  # what was given may be megabytes, nested a thousand times
+_abbreviated.maxstring = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class NetConf(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A valid call. `container_id` and `ifname` are empty where the command has none, `netns_path` where it is absent."""
+    """A valid call. `container_id` and `ifname` are empty where the command has none, so is an absent `netns_path`."""
 
     command: str
     container_id: str
@@ -109,7 +112,9 @@ def _check_ifname(name: str) -> None:
     size = len(name.encode(errors="surrogateescape"))
     if size > _IFNAME_MAX_BYTES:
         raise CniError(
-            Code.INVALID_ENVIRONMENT, f"interface name is {size} bytes long, at most {_IFNAME_MAX_BYTES} are allowed", name
+            Code.INVALID_ENVIRONMENT,
+            f"interface name is {size} bytes long, at most {_IFNAME_MAX_BYTES} are allowed",
+            name,
         )
     if name in (".", "..") or re.search(r"[/:\s]", name):
         raise CniError(
@@ -133,7 +138,9 @@ def _parse_config(stdin: bytes) -> NetConf:
 def explain(error: ValidationError) -> str:
     """Say of each field at fault: where it is, what was given, what is allowed."""
     return "; ".join(
-        f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (given: {fault['input']!r})" for fault in error.errors()
+        f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+        f" (given: {_abbreviated.repr(fault['input'])})"
+        for fault in error.errors()
     )
 
 

@@ -86,8 +86,8 @@ def _undo(node: Node, attachment: Attachment) -> None:
     """Release quietly: the runtime shall see why ADD failed, and it will call DEL, which tries this again."""
     try:
         node.release(attachment)
-    except CniError as error:
-        log.error("undo of ADD failed attachment=%s error=%s", attachment, error)
+    except Exception as error:
+        log.error("undo of ADD failed attachment=%s error=%r", attachment, error)
 
 
 def _check_served(call: Call) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+_TEXT_LIMIT = 4096  # characters; what is repeated of the input in a message could be more than a reply can hold
+
 
 class Code(IntEnum):
     """Error codes: 0-99 belong to the specification, the others to podlane."""
@@ -36,7 +38,11 @@ class CniError(Exception):
 
     def to_json(self, version: str) -> dict[str, object]:
         """Return the error object, to be printed in the given CNI version (all versions share its form)."""
-        body: dict[str, object] = {"cniVersion": version, "code": int(self.code), "msg": self.message}
+        body: dict[str, object] = {"cniVersion": version, "code": int(self.code), "msg": _cut(self.message)}
         if self.details:
-            body["details"] = self.details
+            body["details"] = _cut(self.details)
         return body
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TEXT_LIMIT else text[:_TEXT_LIMIT] + "…"

@@ -178,6 +178,14 @@ def require_bpffs(path: Path) -> None:
         )
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for pins, with its parents, unless it is there."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(f"make the pin directory {path}: {error}") from error
+
+
 @contextmanager
 def closing(descriptor: int) -> Iterator[int]:
     """Close the descriptor at the end of the block."""

@@ -82,7 +82,7 @@ def load(compiled: Object, pin_dir: Path, sizes: Mapping[str, int]) -> Datapath:
     libbpf.require_bpffs(pin_dir)
     folders = (pin_dir / "maps", pin_dir / "programs")
     for folder in folders:
-        _make_private(folder)
+        libbpf.make_folder(folder)
     with ExitStack() as stack:
         started = time.monotonic()
         pins: set[Path] = set()
@@ -117,13 +117,6 @@ def _program_pin(pin_dir: Path, program: ProgramSpec) -> Path:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_HASH_DIGITS]
-
-
-def _make_private(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise KernelError(f"make the pin directory {folder}: {error}") from error
 
 
 def _unpin(path: Path) -> None:

@@ -84,21 +84,18 @@ class TcxHooks:
         self._programs = datapath.programs
         self._names = {identifier: name for name, identifier in datapath.program_ids.items()}
         self._links = pin_dir / "links"
-        try:
-            self._links.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise KernelError(f"make the pin directory {self._links}: {error}") from error
 
     def read(self) -> dict[Hook, Attached]:
         """Return what runs where: program "stale:<id>" if none of ours, ifindex 0 if the device is gone."""
         attached: dict[Hook, Attached] = {}
-        for pin in os.scandir(self._links):
-            link = libbpf.open_pin(pin.path)
+        for pin in self._pins():
+            path = f"{self._links}/{pin}"
+            link = libbpf.open_pin(path)
             if link is not None:
                 with libbpf.closing(link):
-                    info = libbpf.link_info(link, pin.path)
+                    info = libbpf.link_info(link, path)
                 program = self._names.get(info.program_id, f"stale:{info.program_id}")
-                attached[_hook(pin.name)] = Attached(info.ifindex, program)
+                attached[_hook(pin)] = Attached(info.ifindex, program)
         return attached
 
     def upsert(self, items: Mapping[Hook, Attached]) -> dict[Hook, KernelError]:
@@ -122,6 +119,7 @@ class TcxHooks:
                     libbpf.link_update(link, program, what)
                     return
         self._detach(hook)
+        libbpf.make_folder(self._links)
         created = libbpf.link_create(program, wanted.ifindex, _ATTACH_TYPES[hook.direction], what)
         with libbpf.closing(created):
             libbpf.pin(created, pin)
@@ -137,6 +135,14 @@ class TcxHooks:
             pin.unlink(missing_ok=True)
         except OSError as error:
             raise KernelError(f"unpin link {pin}: {error}") from error
+
+    def _pins(self) -> list[str]:
+        try:
+            return [pin.name for pin in self._links.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise KernelError(f"list links: {error}") from error
 
     def _pin(self, hook: Hook) -> Path:
         # bpffs reserves dots, which device names may have ("eth0.100"); what they cannot have are "%" and ":".

@@ -12,11 +12,12 @@ from agent.netlink.devices import (
     delete_device,
     devices,
     enable_forwarding,
+    fallen_devices,
     index,
     uplink_mtu,
 )
 from agent.netlink.monitor import Monitor
-from agent.netlink.netns import is_netns, same_netns
+from agent.netlink.netns import is_netns, netns_cookie, same_netns
 from agent.netlink.pods import InterfaceExists, configure_pod, create_pair, raise_host
 from agent.netlink.tables import NeighbourTable, RouteTable
 
@@ -33,8 +34,10 @@ __all__ = [
     "delete_device",
     "devices",
     "enable_forwarding",
+    "fallen_devices",
     "index",
     "is_netns",
+    "netns_cookie",
     "raise_host",
     "same_netns",
     "uplink_mtu",

@@ -16,7 +16,7 @@ from pyroute2.netlink.rtnl import (
     RTM_NEWROUTE,
 )
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink import sysctl
@@ -51,14 +51,12 @@ IFF_LOOPBACK = 8
 
 def devices() -> dict[str, int]:
     """Return the host ends of podlane's veth pairs, name to index. Raises KernelError."""
-    # ip link show type veth
-    kind = {"attrs": [("IFLA_INFO_KIND", "veth")]}
-    found = {}
-    for number, _, link in _links([("IFLA_LINKINFO", kind)]):
-        name, alias = text(link[IFLA_IFNAME]), text(link.get(IFLA_IFALIAS, b""))
-        if name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX):
-            found[name] = number
-    return found
+    return {name: number for name, number, _ in _host_ends()}
+
+
+def fallen_devices() -> set[str]:
+    """Return the names of those host ends that are administratively down. Raises KernelError."""
+    return {name for name, _, flags in _host_ends() if not flags & IFF_UP}
 
 
 def index(name: str) -> int | None:
@@ -95,6 +93,16 @@ def enable_forwarding() -> None:
     sysctl.ensure("net/ipv4/ip_forward", "1")
     if sysctl.ipv6_present():
         sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
+
+
+def _host_ends() -> Iterator[tuple[str, int, int]]:
+    """Yield name, index and flags of the host ends of podlane's veth pairs."""
+    # ip link show type veth
+    kind = {"attrs": [("IFLA_INFO_KIND", "veth")]}
+    for number, flags, link in _links([("IFLA_LINKINFO", kind)]):
+        name, alias = text(link[IFLA_IFNAME]), text(link.get(IFLA_IFALIAS, b""))
+        if name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX):
+            yield name, number, flags
 
 
 def _links(filters: list[tuple[str, object]]) -> Iterator[tuple[int, int, dict[int, bytes]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,6 +18,7 @@ from agent.netlink.channel import kernel_error
 T = TypeVar("T")
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 NS_GET_NSTYPE = 0xB703  # linux/nsfs.h: _IO(0xb7, 3)
 OWN_NETNS = Path("/proc/thread-self/ns/net")
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -48,6 +51,22 @@ def is_netns(fd: int) -> bool:
         return fcntl.ioctl(fd, NS_GET_NSTYPE) == CLONE_NEWNET
     except OSError:
         return False
+
+
+def netns_cookie(fd: int) -> int:
+    """Return the number that the kernel gave an open network namespace, and gives no other until the next boot.
+
+    Its inode number, in contrast, is given again as soon as it is gone. Linux 5.14; 0 before. Raises KernelError.
+    """
+
+    def read() -> int:
+        with socket.socket(socket.AF_UNIX) as inhabitant:
+            try:
+                return int.from_bytes(inhabitant.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
+            except OSError:
+                return 0
+
+    return in_netns(fd, read)
 
 
 def same_netns(fd: int) -> bool:

@@ -119,7 +119,7 @@ class Machine:
         stack.callback(self.kill_agent)
 
     def configure(self, **config: object) -> None:
-        """Write the configuration: defaults, this machine's paths, and the given keys."""
+        """Write the configuration: defaults, this machine's paths, and the given keys (of `paths`, those given)."""
         paths = {
             "socket": self.directory / "cni.sock",
             "state": self.directory / "state",
@@ -129,7 +129,10 @@ class Machine:
             "cni_bin_dir": self.directory / "bin",
             "launcher": LAUNCHER,
         }
-        content = {"resync_seconds": 1.0, "paths": {key: str(path) for key, path in paths.items()}, **config}
+        given = config.pop("paths", {})
+        assert isinstance(given, Mapping)
+        all_paths = {key: str(path) for key, path in {**paths, **given}.items()}
+        content = {"resync_seconds": 1.0, "paths": all_paths, **config}
         self.config.write_text(yaml.safe_dump(content))
 
     def add_uplink(self) -> Netns:
@@ -234,6 +237,14 @@ class Machine:
             if name == "podlane_datapath_packets_total"
         }
 
+    def repairs(self) -> dict[str, int]:
+        """Return the repairs counted so far, by kind, without those that are 0."""
+        return {
+            labels[0]: int(value)
+            for (name, labels), value in self.metrics().items()
+            if name == "podlane_repairs_total" and value
+        }
+
     def cni(
         self,
         command: str,
@@ -243,8 +254,9 @@ class Machine:
         ifname: str = "eth0",
         config: Mapping[str, object] | None = None,
         env: Mapping[str, str] | None = None,
+        stdin: str | None = None,
     ) -> Outcome:
-        """Call the launcher as a runtime would, in the node's network namespace."""
+        """Call the launcher as a runtime would, in the node's network namespace; `stdin` is in place of `config`."""
         environment = {
             "PATH": os.environ["PATH"],
             "PODLANE_SOCKET": str(self.directory / "cni.sock"),
@@ -256,9 +268,10 @@ class Machine:
             "CNI_PATH": str(self.directory / "bin"),
             **(env or {}),
         }
-        stdin = json.dumps({"cniVersion": "1.1.0", "name": "podlane", "type": "podlane", **(config or {})})
+        given = json.dumps({"cniVersion": "1.1.0", "name": "podlane", "type": "podlane", **(config or {})})
+        given = given if stdin is None else stdin
         done = subprocess.run(
-            self.netns.command(str(LAUNCHER)), input=stdin, env=environment, capture_output=True, text=True, timeout=90
+            self.netns.command(str(LAUNCHER)), input=given, env=environment, capture_output=True, text=True, timeout=90
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -245,7 +245,8 @@ class TestMonitor:
             assert monitor._drain(news)
             assert not monitor._drain(news)
 
-    def test_lost_news_count_as_a_change(self, host_ends: tuple[int, int]) -> None:
+    @pytest.mark.usefixtures("host_ends")
+    def test_lost_news_count_as_a_change(self) -> None:
         """When more happens than the socket can hold, the loop is told to look for itself."""
         with monitor._subscribe() as news:
             news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it the least it allows

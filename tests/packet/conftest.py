@@ -13,6 +13,7 @@ from agent.datapath.loader import Datapath, load
 from agent.datapath.object import Object
 
 from ..support import bpffs, private_network
+from .harness import Rig, two_pods
 
 SOURCE = Path(__file__).resolve().parents[2] / "bpf"
 
@@ -124,3 +125,12 @@ def datapath(datapath_object: Object, pins: Path) -> Iterator[Datapath]:
     """Load the real datapath, afresh for each test: its maps are empty."""
     with load(datapath_object, pins, {"endpoints": 64}) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="module")
+def rig(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """Load the real datapath for two pods with real devices, once for all tests of a module."""
+    with bpffs(tmp_path_factory.mktemp("rig") / "bpffs") as mounted, two_pods() as pods, private_network():
+        pins = mounted / "podlane"
+        with load(datapath_object, pins, {"endpoints": 64}) as loaded:
+            yield Rig(loaded, pins, pods)

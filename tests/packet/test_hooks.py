@@ -170,6 +170,18 @@ def test_a_link_to_another_device_is_moved(small: Datapath, pins: Path) -> None:
     assert outcomes(small)["first"].packets == 1
 
 
+def test_lost_pins_are_put_back(small: Datapath, pins: Path) -> None:
+    """When the pins and their folder are gone, reading shows nothing, and upserting attaches again."""
+    wanted = {INGRESS: Attached(veth("pl0", "peer0"), "from_pod")}
+    hooks = TcxHooks(small, pins)
+    hooks.upsert(wanted)
+    hooks.delete([INGRESS])
+    (pins / "links").rmdir()
+    assert hooks.read() == {}
+    assert hooks.upsert(wanted) == {}
+    assert hooks.read() == wanted
+
+
 def test_failures_are_reported_by_hook(small: Datapath, pins: Path) -> None:
     """A device that is not there fails alone, with device, index and reason; the others are attached."""
     index = veth("pl0", "peer0")

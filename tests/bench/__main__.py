@@ -1,0 +1,133 @@
+"""The benchmark: podlane against a bare veth pair and the reference plugins, interleaved, medians and ratios.
+
+Each round measures every candidate once, in a random order, so that a busy moment of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.bench.places import Pair, Podlane, Reference, Runtime, direct, joined
+from tests.node.machine import Netns, run
+
+SENDER = Path(__file__).with_name("sender.c")
+PACKETS = 60_000
+
+Measure = Callable[[], float]
+
+
+def main() -> None:
+    """Run what the command line asks for, by default everything."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("what", nargs="*", choices=["packets", "calls", []], default=["packets", "calls"])
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="podlane-bench-") as directory, ExitStack() as stack:
+        places = Path(directory)
+        podlane: dict[str, Runtime] = {
+            "podlane (tcx)": Podlane(places / "tcx", stack, hooks="tcx"),
+            "podlane (clsact)": Podlane(places / "clsact", stack, hooks="clsact"),
+        }
+        peers: dict[str, Runtime] = {
+            "bridge": Reference(places / "bridge", stack, "bridge", 88),
+            "ptp": Reference(places / "ptp", stack, "ptp", 89),
+        }
+        if "packets" in arguments.what:
+            _packets(places, podlane | peers, arguments.rounds, stack)
+        if "calls" in arguments.what:
+            _calls(podlane | peers, arguments.rounds)
+
+
+def _packets(places: Path, runtimes: Mapping[str, Runtime], rounds: int, stack: ExitStack) -> None:
+    sender = places / "sender"
+    run("gcc", "-O2", "-o", str(sender), str(SENDER))
+    pairs = {"direct veth": direct(stack), **{name: joined(each, stack) for name, each in runtimes.items()}}
+    for family, name in enumerate(("IPv4", "IPv6")):
+        measures = {label: _cost(pair, family, sender, stack) for label, pair in pairs.items()}
+        _report(f"CPU time per 18-byte UDP packet, {name}, pod to pod", "ns", measures, rounds, "direct veth")
+
+
+def _cost(pair: Pair, family: int, sender: Path, stack: ExitStack) -> Measure:
+    """Return a measure of the sender's CPU time per packet to a bound socket that nobody reads."""
+    address = pair.addresses[family]
+
+    def listen() -> socket.socket:
+        receiver = socket.socket((socket.AF_INET, socket.AF_INET6)[family], socket.SOCK_DGRAM)
+        receiver.bind((address, 9))
+        return receiver
+
+    stack.enter_context(pair.b.call(listen))
+    return lambda: float(pair.a.run("taskset", "-c", "1", str(sender), address, str(PACKETS)).stdout)
+
+
+def _calls(runtimes: Mapping[str, Runtime], rounds: int) -> None:
+    adds: dict[str, Measure] = {}
+    deletes: dict[str, Measure] = {}
+    for name, runtime in runtimes.items():
+        adds[name], deletes[name] = _call_measures(runtime)
+    results = _interleaved({f"{name}|ADD": each for name, each in adds.items()}, rounds, paired=deletes)
+    for command in ("ADD", "DEL"):
+        rows = {name: results[f"{name}|{command}"] for name in runtimes}
+        _table(f"CNI {command}, whole process", "ms", rows, "bridge")
+
+
+def _call_measures(runtime: Runtime) -> tuple[Measure, Measure]:
+    current: list[Netns] = []
+
+    def add() -> float:
+        current.append(Netns("bench"))
+        start = time.perf_counter()
+        runtime.add(current[0])
+        return (time.perf_counter() - start) * 1e3
+
+    def delete() -> float:
+        netns = current.pop()
+        start = time.perf_counter()
+        runtime.delete(netns)
+        elapsed = (time.perf_counter() - start) * 1e3
+        netns.delete()
+        return elapsed
+
+    return add, delete
+
+
+def _interleaved(
+    measures: Mapping[str, Measure], rounds: int, paired: Mapping[str, Measure] | None = None
+) -> dict[str, list[float]]:
+    results: dict[str, list[float]] = {}
+    names = list(measures)
+    for _ in range(rounds):
+        random.shuffle(names)
+        for name in names:
+            results.setdefault(name, []).append(measures[name]())
+            if paired is not None:
+                base = name.partition("|")[0]
+                results.setdefault(f"{base}|DEL", []).append(paired[base]())
+    return results
+
+
+def _report(title: str, unit: str, measures: Mapping[str, Measure], rounds: int, reference: str) -> None:
+    _table(title, unit, _interleaved(measures, rounds), reference)
+
+
+def _table(title: str, unit: str, rows: Mapping[str, list[float]], reference: str) -> None:
+    base = statistics.median(rows[reference])
+    print(f"\n{title} ({unit}; {len(rows[reference])} rounds, interleaved)")
+    print(f"  {'':18}{'minimum':>10}{'median':>10}{'ratio to ' + reference:>24}")
+    for name, values in rows.items():
+        median = statistics.median(values)
+        print(f"  {name:18}{min(values):10.1f}{median:10.1f}{median / base:24.3f}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The ways to join two pods that the benchmark compares: podlane, the reference plugins, and a bare veth pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tests.node.machine import Machine, Netns, run
+
+REFERENCE_PLUGINS = Path("/usr/lib/cni")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two joined pods, and the addresses of the second, IPv4 first."""
+
+    a: Netns
+    b: Netns
+    addresses: tuple[str, str]
+
+
+class Runtime(Protocol):
+    """Whatever can ADD and DEL a pod: returns the addresses that ADD reports."""
+
+    def add(self, netns: Netns) -> list[str]:
+        """Wire the pod."""
+
+    def delete(self, netns: Netns) -> None:
+        """Unwire the pod."""
+
+
+class Podlane:
+    """podlane, with hooks attached as told."""
+
+    def __init__(self, directory: Path, stack: ExitStack, **config: object) -> None:
+        directory.mkdir()
+        self._machine = Machine(directory, stack, **config)
+        self._machine.start_agent()
+
+    def add(self, netns: Netns) -> list[str]:
+        """Wire the pod."""
+        outcome = self._machine.cni("ADD", container_id=netns.name, netns=str(netns.path))
+        return _addresses(outcome.exit_code, outcome.stdout)
+
+    def delete(self, netns: Netns) -> None:
+        """Unwire the pod."""
+        self._machine.cni("DEL", container_id=netns.name, netns=str(netns.path))
+
+
+class Reference:
+    """One of the reference plugins, with host-local IPAM, in a node of its own."""
+
+    def __init__(self, directory: Path, stack: ExitStack, plugin: str, octet: int) -> None:
+        directory.mkdir()
+        self._node = Netns(plugin)
+        stack.callback(self._node.delete)
+        self._plugin = REFERENCE_PLUGINS / plugin
+        ranges = [[{"subnet": f"10.{octet}.0.0/16"}], [{"subnet": f"fd00:{octet}::/64"}]]
+        ipam = {
+            "type": "host-local",
+            "dataDir": str(directory),
+            "ranges": ranges,
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+        }
+        config = {"cniVersion": "1.0.0", "name": plugin, "type": plugin, "ipam": ipam}
+        if plugin == "bridge":
+            config |= {"bridge": "br0", "isGateway": True}
+        self._config = json.dumps(config)
+
+    def add(self, netns: Netns) -> list[str]:
+        """Wire the pod."""
+        done = self._call("ADD", netns)
+        return _addresses(done.returncode, done.stdout)
+
+    def delete(self, netns: Netns) -> None:
+        """Unwire the pod."""
+        self._call("DEL", netns)
+
+    def _call(self, command: str, netns: Netns) -> subprocess.CompletedProcess[str]:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "CNI_COMMAND": command,
+            "CNI_CONTAINERID": netns.name,
+            "CNI_NETNS": str(netns.path),
+            "CNI_IFNAME": "eth0",
+            "CNI_PATH": str(REFERENCE_PLUGINS),
+        }
+        command_line = self._node.command(str(self._plugin))
+        return subprocess.run(
+            command_line, input=self._config, env=environment, capture_output=True, text=True, check=False
+        )
+
+
+def _addresses(status: int, stdout: str) -> list[str]:
+    if status != 0:
+        raise RuntimeError(f"ADD failed: {stdout}")
+    return [each["address"].partition("/")[0] for each in json.loads(stdout)["ips"]]
+
+
+def joined(runtime: Runtime, stack: ExitStack) -> Pair:
+    """Make two pods and have the runtime wire them."""
+    pods = [Netns("bench"), Netns("bench")]
+    for pod in pods:
+        stack.callback(pod.delete)
+    addresses = [runtime.add(pod) for pod in pods]
+    return Pair(pods[0], pods[1], (addresses[1][0], addresses[1][1]))
+
+
+def direct(stack: ExitStack) -> Pair:
+    """Join two namespaces by one veth pair, with nothing between: what no datapath can beat."""
+    a, b = Netns("bench"), Netns("bench")
+    for netns in (a, b):
+        stack.callback(netns.delete)
+    run("ip", "-n", a.name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", b.name)
+    for netns, last in ((a, 1), (b, 2)):
+        run("ip", "-n", netns.name, "address", "add", f"10.1.0.{last}/24", "dev", "eth0")
+        run("ip", "-n", netns.name, "address", "add", f"fd01::{last}/64", "dev", "eth0", "nodad")
+        run("ip", "-n", netns.name, "link", "set", "dev", "eth0", "up")
+    return Pair(a, b, ("10.1.0.2", "fd01::2"))

@@ -1,0 +1,158 @@
+"""The demo, run as `make demo` runs it: it succeeds, and when it does not it says why; it leaves nothing either way."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import netfilter
+from tests.e2e.story import Story, Unexpected
+from tests.node.machine import ROOT, Netns
+
+pytestmark = pytest.mark.root
+
+_SECONDS = 100
+
+
+class Demo:
+    """A running demo whose temporary files are in a directory of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.demo"],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(directory)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def read_to(self, text: str) -> None:
+        """Wait until the demo prints this."""
+        assert self.process.stdout
+        assert any(text in line for line in self.process.stdout), f"the demo ended without {text!r}"
+
+    def agent(self) -> int:
+        """Return the agent's PID."""
+        found = subprocess.check_output(["pgrep", "--full", f"^{sys.executable} -m agent --config {self.directory}/"])
+        return int(found)
+
+    def end(self) -> str:
+        """Wait for the end and return what was not yet read of the output."""
+        output, _ = self.process.communicate(timeout=_SECONDS)
+        return output
+
+
+@pytest.fixture
+def demo() -> Iterator[Demo]:
+    """Start a demo; pytest's own directories have names too long for containerd's sockets in them."""
+    with tempfile.TemporaryDirectory(prefix="plt-") as directory:
+        demo = Demo(Path(directory))
+        try:
+            yield demo
+        finally:
+            if demo.process.poll() is None:
+                demo.process.terminate()
+                demo.end()
+
+
+def traces(demo: Demo) -> list[str]:
+    """Return the processes, mounts and files in which a demo's directory appears."""
+    home = str(demo.directory)
+    processes = subprocess.run(["pgrep", "--full", "--list-full", home], capture_output=True, text=True).stdout
+    mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if home in line]
+    return [*processes.splitlines(), *mounts, *map(str, demo.directory.iterdir())]
+
+
+def network_namespaces() -> set[int]:
+    """Return the named network namespaces by their inodes."""
+    return {path.stat().st_ino for path in Path("/run/netns").iterdir()}
+
+
+def test_demo_succeeds(demo: Demo) -> None:
+    """The demo ends with status 0, shows ten steps without colours to what is no terminal, and leaves nothing."""
+    output = demo.end()
+    assert demo.process.returncode == 0, output
+    assert re.findall(r"^ ?(\d+)  ", output, re.MULTILINE) == [str(number) for number in range(1, 11)]
+    assert "ttl=63" in output
+    assert "\x1b" not in output
+    assert traces(demo) == []
+
+
+def test_demo_that_fails_says_so(demo: Demo) -> None:
+    """When its agent dies, the demo names the step and the reason, ends with status 1, and leaves nothing."""
+    demo.read_to("ready after")
+    os.kill(demo.agent(), signal.SIGKILL)
+    output = demo.end()
+    assert re.search(r"✗ step \d failed\n +\w+Error: .*podlane", output), output
+    assert demo.process.returncode == 1
+    assert traces(demo) == []
+
+
+def test_interrupted_demo_cleans_up(demo: Demo) -> None:
+    """Ctrl-C ends the demo with status 130, and nothing is left of it."""
+    demo.read_to("pod b has")
+    netns = Path(f"/proc/{demo.agent()}/ns/net").stat().st_ino
+    assert netns in network_namespaces()
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.end().endswith("interrupted, and cleaned up\n")
+    assert demo.process.returncode == 130
+    assert traces(demo) == []
+    assert netns not in network_namespaces()
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Say so."""
+        return True
+
+
+def test_colour_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A story is coloured on a terminal, not elsewhere, and not where NO_COLOR is set."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    files = [Terminal(), io.StringIO()]
+    for file in files:
+        Story(file).fact("pods", expected=3, seen=3)
+    monkeypatch.setenv("NO_COLOR", "1")
+    files.append(Terminal())
+    Story(files[-1]).fact("pods", expected=3, seen=3)
+    assert ["\x1b" in file.getvalue() for file in files] == [True, False, False]
+
+
+def test_a_wrong_fact_is_told() -> None:
+    """What is not as expected raises, and is shown with both values under the number of its step."""
+    out = io.StringIO()
+    story = Story(out)
+    with story.step("First"):
+        story.fact("pods", expected=3, seen=3)
+    with pytest.raises(Unexpected) as raised, story.step("Second"):
+        story.fact("nodes", expected=1, seen=2)
+    story.failed(raised.value)
+    assert re.search(r"step 2 failed\n +nodes\n +expected +1\n +seen +2\n$", out.getvalue())
+
+
+def test_packet_filters_are_seen() -> None:
+    """Tables of iptables, ip6tables and nftables are found without their tools; a new namespace has none."""
+    netns = Netns("filter")
+    try:
+        assert netns.call(netfilter.tables) == []
+        netns.run("iptables-nft", "-A", "FORWARD", "-j", "ACCEPT")
+        netns.run("ip6tables-nft", "-t", "nat", "-A", "POSTROUTING", "-j", "MASQUERADE")
+        assert sorted(netns.call(netfilter.tables)) == ["nftables filter", "nftables nat"]
+        netns.run("iptables-legacy", "-A", "FORWARD", "-j", "ACCEPT")
+        netns.run("ip6tables-legacy", "-A", "FORWARD", "-j", "ACCEPT")
+        assert {"iptables filter", "ip6tables filter"} < set(netns.call(netfilter.tables))
+    finally:
+        netns.delete()

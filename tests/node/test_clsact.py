@@ -1,0 +1,185 @@
+"""The way to attach programs on kernels without tcx, forced by configuration: clsact filters do all that links do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from agent.datapath import libbpf
+from tests.node.machine import ROOT, Machine, TestPod, machine
+from tests.node.test_lifecycle import attached, pinned
+from tests.node.traffic import lossless_traffic
+
+V4, V6 = 0, 1
+PASS = struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = TC_ACT_UNSPEC; exit
+DIRECTIONS = {"from_pod": "ingress", "to_pod": "egress"}
+REPLACED = "->packets++"  # in bpf/counters.h; its other wording makes another program of the same effect
+REPLACEMENT = "->packets += skb->len ? 1 : 2"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Make a node that all tests of this module share: each leaves it as it found it."""
+    with machine(tmp_path_factory.mktemp("node"), hooks="clsact", resync_seconds=0.25) as it:
+        it.add_uplink()
+        it.start_agent()
+        yield it
+
+
+@pytest.fixture(scope="module")
+def pods(node: Machine) -> tuple[TestPod, TestPod]:
+    """Make two pods."""
+    return node.make_pod("a"), node.make_pod("b")
+
+
+def filters(node: Machine, pod: TestPod) -> dict[str, list[int]]:
+    """Return the ids of the programs in all filters at the hooks of a pod, by the name of the one that should be."""
+    found = {}
+    for name, direction in DIRECTIONS.items():
+        shown = json.loads(node.netns.run("tc", "-j", "filter", "show", "dev", pod.device, direction).stdout or "[]")
+        found[name] = [each["options"]["prog"]["id"] for each in shown if "handle" in each.get("options", {})]
+    return found
+
+
+def ids(node: Machine) -> dict[str, list[int]]:
+    """Return the id of the loaded program of each name, as a hook should show it."""
+    loaded = {pin.partition(":")[0]: number for pin, number in pinned(node).items()}
+    return {name: [loaded[name]] for name in DIRECTIONS}
+
+
+def assert_by_clsact(node: Machine, *pods: TestPod) -> None:
+    """Assert that each hook runs the one program of its name, in one filter, and that there are no links."""
+    for pod in pods:
+        assert filters(node, pod) == ids(node)
+        assert attached(node, pod) == {name: [] for name in DIRECTIONS}
+    assert node.traces()["links"] == []
+
+
+def assert_by_tcx(node: Machine, *pods: TestPod) -> None:
+    """Assert that each hook runs the one program of its name, by a link, and that there is no clsact."""
+    for pod in pods:
+        assert attached(node, pod) == ids(node)
+        assert not clsact(node, pod)
+
+
+def clsact(node: Machine, pod: TestPod) -> bool:
+    """Say whether the host end has the qdisc."""
+    return "clsact" in node.netns.run("tc", "qdisc", "show", "dev", pod.device).stdout
+
+
+def assert_talk(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """Assert that the pods reach each other past the stack, that each packet is counted once, and by the right name."""
+    a, b = pods
+    before = node.packets()
+    for family in (V4, V6):
+        assert node.pings(a, b.addresses[family], count=5)
+        assert node.pings(a, ["192.0.2.10", "2001:db8::10"][family], count=5)
+    after = node.packets()
+    assert after["fwd_local"] - before["fwd_local"] == 20
+    assert after["punt_host"] - before["punt_host"] == 10
+    assert after["fwd_from_stack"] - before["fwd_from_stack"] >= 10  # and the reports of the node's own listeners
+    assert [name for name in after if name.startswith("drop_") and after[name] != before[name]] == []
+
+
+def test_pods_talk(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """Pods talk past the stack by clsact filters alone, and every packet is counted."""
+    assert_by_clsact(node, *pods)
+    assert_talk(node, pods)
+
+
+@pytest.mark.parametrize("end", [Machine.stop_agent, Machine.kill_agent])
+def test_restart_loses_nothing(node: Machine, pods: tuple[TestPod, TestPod], end: object) -> None:
+    """The same agent again leaves everything attached as it is, and no packet of a running flow is lost."""
+    before = [filters(node, pod) for pod in pods]
+    with lossless_traffic(*pods):
+        assert callable(end)
+        end(node)
+        node.start_agent()
+    assert [filters(node, pod) for pod in pods] == before
+    assert_by_clsact(node, *pods)
+
+
+def test_upgrade_loses_nothing(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """An agent with other programs replaces each between two packets."""
+    before = [filters(node, pod) for pod in pods]
+    source = node.directory / "bpf_source"
+    shutil.copytree(ROOT / "bpf", source)
+    counters = source / "counters.h"
+    assert counters.read_text().count(REPLACED) == 1
+    with lossless_traffic(*pods):
+        node.stop_agent()
+        counters.write_text(counters.read_text().replace(REPLACED, REPLACEMENT))
+        node.configure(hooks="clsact", resync_seconds=0.25, paths={"bpf_source": str(source)})
+        node.start_agent()
+    now = [filters(node, pod) for pod in pods]
+    assert [old[name] == new[name] for old, new in zip(before, now, strict=True) for name in DIRECTIONS] == [False] * 4
+    assert_by_clsact(node, *pods)
+    assert_talk(node, pods)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS.values())
+def test_filter_deleted(node: Machine, pods: tuple[TestPod, TestPod], direction: str) -> None:
+    """A filter that was deleted is back, and counted as one repair."""
+    expect_repair(node, pods, f"tc filter delete dev {pods[1].device} {direction}", 1)
+
+
+def test_qdisc_deleted(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """When the qdisc was deleted with both filters, all are back, and counted as two repairs."""
+    expect_repair(node, pods, f"tc qdisc delete dev {pods[1].device} clsact", 2)
+
+
+def expect_repair(node: Machine, pods: tuple[TestPod, TestPod], breakage: str, count: int) -> None:
+    """Break something and expect it mended."""
+    before = node.repairs().get("hooks", 0)
+    node.netns.run(*breakage.split())
+    node.wait_for(lambda: node.repairs().get("hooks", 0) == before + count, "the repair")
+    node.wait_for(lambda: filters(node, pods[1]) == ids(node), "the filters")
+    assert_by_clsact(node, *pods)
+    assert_talk(node, pods)
+    assert node.repairs().get("hooks", 0) == before + count
+
+
+def test_foreign_filters_stay(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """Somebody else's filter at the same hook stays, also when podlane's own goes and comes beside it."""
+    _, b = pods
+    pin = node.bpffs.parent / "foreign"
+    with libbpf.closing(libbpf.program_load("foreign", PASS)) as program:
+        libbpf.pin(program, pin)
+        foreign = libbpf.program_info(program, "foreign").id
+    place = f"dev {b.device} ingress prio 7 protocol all"
+    node.netns.run(*f"tc filter add {place} bpf direct-action object-pinned {pin}".split())
+    repairs = node.repairs().get("hooks", 0)
+    node.netns.run(*f"tc filter delete dev {b.device} ingress prio 112".split())
+    node.wait_for(lambda: node.repairs().get("hooks", 0) == repairs + 1, "the repair")
+    node.wait_for(lambda: filters(node, b)["from_pod"] == [foreign, *ids(node)["from_pod"]], "both filters")
+    assert_talk(node, pods)
+    node.netns.run(*f"tc filter delete {place}".split())
+    pin.unlink()
+    assert_by_clsact(node, *pods)
+
+
+def test_delete_leaves_nothing(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """ADD and DEL leave the node as it was."""
+    before = node.traces()
+    node.delete_pod(node.make_pod("short"))
+    after = node.traces()
+    assert {kind: sorted(lines) for kind, lines in after.items()} == {k: sorted(v) for k, v in before.items()}
+    assert_by_clsact(node, *pods)
+
+
+def test_change_of_hooks_loses_nothing(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """From clsact to tcx and back, under traffic: nothing is lost, and each hook ends with exactly one program."""
+    for hooks in ("tcx", "clsact"):
+        with lossless_traffic(*pods):
+            node.stop_agent()
+            node.configure(hooks=hooks, resync_seconds=0.25)
+            node.start_agent()
+            node.wait_for(lambda: all(clsact(node, pod) == (hooks == "clsact") for pod in pods), "clsact")  # noqa: B023
+            node.wait_for(lambda: (node.traces()["links"] == []) == (hooks == "clsact"), "links")  # noqa: B023
+        (assert_by_tcx if hooks == "tcx" else assert_by_clsact)(node, *pods)
+        assert_talk(node, pods)
+        node.wait_for(lambda: node.get("/readyz")[0] == 200, "readiness")

@@ -1,0 +1,206 @@
+"""The agent stops, dies, returns and is replaced: its pods do not notice, and nothing is left of what went before."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import socket
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from agent.datapath import libbpf
+from tests.node.machine import ROOT, Machine, Netns, TestPod, machine
+from tests.node.traffic import lossless_traffic
+
+HOOKS = {"from_pod": libbpf.TCX_INGRESS, "to_pod": libbpf.TCX_EGRESS}
+OTHERS = 10  # more pods, so that a wrong order of changes shows: the time between two of them grows with their number
+MULTICAST = {"fwd_from_stack", "punt_multicast", "punt_options"}  # the kernels' own listener reports
+
+
+@pytest.fixture
+def pods(node: Machine) -> tuple[TestPod, TestPod]:
+    """Two pods."""
+    return node.make_pod("a"), node.make_pod("b")
+
+
+def pinned(node: Machine) -> dict[str, int]:
+    """Return the kernel's ids of the pinned maps and programs, by file name."""
+    ids = {}
+    for folder, info in (("maps", libbpf.map_info), ("programs", libbpf.program_info)):
+        for path in sorted((node.bpffs / folder).iterdir()):
+            descriptor = libbpf.open_pin(path)
+            assert descriptor is not None
+            with libbpf.closing(descriptor):
+                ids[path.name] = info(descriptor, path.name).id
+    return ids
+
+
+def attached(node: Machine, pod: TestPod) -> dict[str, list[int]]:
+    """Return the ids of all programs that run at the hooks of a pod, by the name of the one that should."""
+
+    def query(index: int, hook: int) -> list[int]:
+        ids, count = (ctypes.c_uint32 * 16)(), ctypes.c_uint32(16)
+        libbpf.checked(
+            libbpf.library().bpf_prog_query(index, hook, 0, None, ids, ctypes.byref(count)), "query", pod.device
+        )
+        return ids[: count.value]
+
+    def query_all() -> dict[str, list[int]]:
+        index = socket.if_nametoindex(pod.device)
+        return {name: query(index, hook) for name, hook in HOOKS.items()}
+
+    found: dict[str, list[int]] = node.netns.call(query_all)
+    return found
+
+
+def assert_in_force(node: Machine, *pods: TestPod) -> None:
+    """Assert that each hook runs the one pinned program of its name, and that no other version is pinned."""
+    ids = {name.partition(":")[0]: number for name, number in pinned(node).items()}
+    assert len(ids) == len(pinned(node)) == 4
+    for pod in pods:
+        assert attached(node, pod) == {name: [ids[name]] for name in HOOKS}
+
+
+def compiled(node: Machine) -> dict[str, int]:
+    """Return the inodes of what was compiled; compiling something again would make a new one."""
+    return {path.name: path.stat().st_ino for path in (node.directory / "state" / "cache").iterdir()}
+
+
+def talk(node: Machine, pods: tuple[TestPod, TestPod]) -> bool:
+    """Say whether the pods reach each other and the node, and the node them."""
+    a, b = pods
+    answers = [node.pings(a, address) for address in (*b.addresses, "192.0.2.10", "2001:db8::10")]
+    answers += [node.netns.run("ping", "-c", "1", "-W", "2", each, check=False).returncode == 0 for each in a.addresses]
+    return all(answers)
+
+
+def upgrade(node: Machine, file: str, old: str, new: str) -> None:
+    """Give the node another version of the datapath."""
+    source = node.directory / "bpf_source"
+    shutil.copytree(ROOT / "bpf", source)
+    text = (source / file).read_text()
+    assert text.count(old) == 1
+    (source / file).write_text(text.replace(old, new))
+    node.configure(paths={"bpf_source": source})
+
+
+def stop(node: Machine) -> None:
+    """End the agent in good order."""
+    assert node.stop_agent() == 0
+
+
+def stop_for_another_program(node: Machine) -> None:
+    """End the agent; the next one has another from_pod and another to_pod."""
+    stop(node)
+    upgrade(node, "counters.h", "->packets++", "->packets += skb->len ? 1 : 2")
+
+
+def stop_for_another_layout(node: Machine) -> None:
+    """End the agent; the next one's map of endpoints is another one, since its values are larger."""
+    stop(node)
+    upgrade(node, "maps.h", "    __u16 reserved;", "    __u64 news;\n    __u16 reserved;")
+
+
+@pytest.mark.parametrize(
+    ("end", "same"),
+    [
+        (stop, {"endpoints", "outcomes", "from_pod", "to_pod"}),
+        (Machine.kill_agent, {"endpoints", "outcomes", "from_pod", "to_pod"}),
+        (stop_for_another_program, {"endpoints", "outcomes"}),
+        (stop_for_another_layout, {"outcomes", "to_pod"}),
+    ],
+)
+def test_nothing_is_lost(
+    node: Machine, pods: tuple[TestPod, TestPod], end: Callable[[Machine], None], same: set[str]
+) -> None:
+    """No packet of a running flow is lost, or leaves the fast path, while the agent ends and another one begins."""
+    others = [node.make_pod("other") for _ in range(OTHERS)]
+    ids, objects, counted = pinned(node), compiled(node), node.packets()
+    with lossless_traffic(*pods):
+        end(node)
+        node.start_agent()
+    assert_in_force(node, *pods, *others)
+    kept = {name.partition(":")[0] for name, number in pinned(node).items() if ids.get(name) == number}
+    assert kept == same
+    assert (compiled(node) == objects) == ("from_pod" in same)
+    grown = {name: packets - counted[name] for name, packets in node.packets().items() if packets != counted[name]}
+    assert grown.keys() <= {"fwd_local", *MULTICAST}
+    assert grown.get("fwd_from_stack", 0) < 20  # a lane without its program for 2.5 ms
+
+
+def test_pods_live_without_an_agent(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """With the agent dead, pods reach each other and the node, and the node them; a DEL waits for its return."""
+    node.kill_agent()
+    assert talk(node, pods)
+    netns = Netns("late")
+    try:
+        refused = node.cni("ADD", container_id="late", netns=str(netns.path))
+    finally:
+        netns.delete()
+    assert (refused.exit_code, refused.json()["code"]) == (1, 11)
+    for pod in pods:
+        node.delete_pod(pod)
+    node.start_agent()
+    assert not any(node.traces().values())
+
+
+def test_terminated_among_adds(node: Machine) -> None:
+    """SIGTERM ends the agent while it serves ADDs, and what was cut short leaves nothing."""
+    with ExitStack() as stack:
+        crowd = [Netns("crowd") for _ in range(24)]
+        for netns in crowd:
+            stack.callback(netns.delete)
+        pool = stack.enter_context(ThreadPoolExecutor(len(crowd)))
+        calls = [
+            pool.submit(
+                node.cni, "ADD", container_id=each.name, netns=str(each.path), env={"PODLANE_TIMEOUT_MS": "9000"}
+            )
+            for each in crowd
+        ]
+        node.wait_for(lambda: any(call.done() for call in calls), "the first ADD")
+        stop(node)
+        done = [call.result().exit_code == 0 for call in calls]
+        assert not all(done)
+        node.start_agent()
+        assert len([row for row in node.traces()["rows"] if "crowd" in row]) == sum(done)
+        for netns in crowd:
+            assert node.cni("DEL", container_id=netns.name, netns=str(netns.path)).exit_code == 0
+    assert not any(node.traces().values())
+
+
+def test_pods_of_an_earlier_boot_are_forgotten(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
+    """After a reboot nothing is left of earlier pods: their addresses are free, their devices, if any, are gone."""
+    node.kill_agent()
+    with closing(sqlite3.connect(node.directory / "state" / "ipam.db")) as db, db:
+        assert db.execute("UPDATE attachment SET boot_id = 'an earlier one'").rowcount == 2
+    node.netns.run("ip", "link", "delete", pods[0].device)
+    node.start_agent()
+    assert not any(node.traces().values())
+    used = {labels: value for (name, labels), value in node.metrics().items() if name == "podlane_ipam_addresses_used"}
+    assert set(used.values()) == {0}
+    assert talk(node, (node.make_pod("c"), node.make_pod("d")))
+
+
+def test_two_agents_side_by_side(node: Machine, pods: tuple[TestPod, TestPod], tmp_path: Path) -> None:
+    """Agents with paths and namespaces of their own share a machine, and even addresses; the end of one is its own."""
+    (tmp_path / "other").mkdir()
+    with machine(tmp_path / "other") as other:
+        other.add_uplink()
+        other.start_agent()
+        others = other.make_pod("c"), other.make_pod("d")
+        assert {*others[0].addresses} & {*pods[0].addresses, *pods[1].addresses}
+        assert pinned(node).keys() == pinned(other).keys()
+        assert not set(pinned(node).values()) & set(pinned(other).values())
+        assert talk(node, pods)
+        assert talk(other, others)
+        for pod in others:
+            other.delete_pod(pod)
+        assert not any(other.traces().values())
+        stop(other)
+    assert talk(node, pods)
+    assert node.repairs() == {}

@@ -1,0 +1,200 @@
+"""A kernel in memory: tables and devices that implement the loop's interfaces, and refuse when told to."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from agent.loop import Loop, Tables
+from agent.plan import plan
+from agent.ranges import Range
+from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, State
+from agent.store import Netns, Phase, Pod, Store
+from cni.call import Attachment
+
+K = TypeVar("K")
+V = TypeVar("V")
+NAMES = tuple(each.name for each in fields(State))
+SECONDS = 30.0  # until a test that waits for something gives up
+
+
+class MemoryTable(Generic[K, V]):
+    """Implements `agent.state.Table`. `journal` takes ("read" | "upsert" | "delete", name) of all tables in order."""
+
+    def __init__(self, name: str, journal: list[tuple[str, str]]) -> None:
+        self.objects: dict[K, V] = {}
+        self.refused: dict[K, str] = {}
+        self.before_read: Callable[[], None] = lambda: None
+        self.after_read: Callable[[], None] = lambda: None
+        self._name = name
+        self._journal = journal
+
+    def read(self) -> dict[K, V]:
+        """Return a copy of all objects."""
+        self.before_read()
+        result = dict(self.objects)
+        self._journal.append(("read", self._name))
+        self.after_read()
+        return result
+
+    def upsert(self, items: Mapping[K, V]) -> dict[K, KernelError]:
+        """Put what is not refused."""
+        self._journal.append(("upsert", self._name))
+        self.objects.update({key: value for key, value in items.items() if key not in self.refused})
+        return self._failures(items)
+
+    def delete(self, keys: Iterable[K]) -> dict[K, KernelError]:
+        """Remove what is not refused."""
+        keys = list(keys)
+        self._journal.append(("delete", self._name))
+        for key in keys:
+            if key not in self.refused:
+                self.objects.pop(key, None)
+        return self._failures(keys)
+
+    def _failures(self, keys: Iterable[K]) -> dict[K, KernelError]:
+        return {key: KernelError(self.refused[key]) for key in keys if key in self.refused}
+
+
+class MemoryDevices:
+    """Implements `agent.loop.Devices`. What is restored gets an index that no device had before."""
+
+    def __init__(self, journal: list[tuple[str, str]]) -> None:
+        self.existing: dict[str, int] = {}
+        self.down: set[str] = set()
+        self.refused: dict[str, str] = {}
+        self._numbers = itertools.count(10)
+        self._journal = journal
+
+    def create(self, device: str) -> None:
+        """Make a host end."""
+        self.existing[device] = next(self._numbers)
+
+    def indexes(self, pods: Sequence[Pod]) -> dict[str, int]:
+        """Return what exists of the pods' host ends."""
+        existing = dict(self.existing)
+        return {pod.device: existing[pod.device] for pod in pods if pod.device in existing}
+
+    def restore(self, pod: Pod) -> None:
+        """Make it again, unless refused."""
+        self._try("restore", pod)
+        self.create(pod.device)
+
+    def finish_restore(self, pod: Pod) -> None:
+        """Do nothing but to say so."""
+        self._try("finish_restore", pod)
+
+    def fallen(self) -> set[str]:
+        """Return what is down."""
+        return set(self.down)
+
+    def lift(self, pod: Pod) -> None:
+        """Set it up, unless refused."""
+        self._try("lift", pod)
+        self.down.discard(pod.device)
+
+    def _try(self, what: str, pod: Pod) -> None:
+        self._journal.append((what, pod.device))
+        if pod.device in self.refused:
+            raise KernelError(self.refused[pod.device])
+
+
+class World:
+    """A loop over a real store and a kernel in memory."""
+
+    def __init__(self, directory: Path, *, resync_seconds: float = 0.02) -> None:
+        ranges = [Range.of(ip_network(subnet)) for subnet in ("10.0.0.0/24", "fd00::/64")]
+        self.store = Store(directory / "ipam.db", ranges, "boot")
+        self.journal: list[tuple[str, str]] = []
+        self.tables = Tables(
+            endpoints=MemoryTable[Address, Endpoint]("endpoints", self.journal),
+            hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
+            neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
+            routes=MemoryTable[Address, int]("routes", self.journal),
+        )
+        self.devices = MemoryDevices(self.journal)
+        self.repairs: Counter[str] = Counter()
+        self.loop = Loop(
+            store=self.store,
+            tables=self.tables,
+            devices=self.devices,
+            repaired=lambda kind, count: self.repairs.update({kind: count}),
+            resync_seconds=resync_seconds,
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the loop; the first pass is over when the block begins."""
+        self.loop.start()
+        try:
+            self.sync()
+            yield
+        finally:
+            self.loop.stop()
+            self.store.close()
+
+    def sync(self) -> None:
+        """Wait for a pass."""
+        self.loop.sync(SECONDS)
+
+    def full_pass(self) -> None:
+        """Wait until the kernel has been read from the beginning, and what followed from it is done."""
+        before = self.journal.count(("read", "endpoints"))
+        self.wait_until(lambda: self.journal.count(("read", "endpoints")) > before)
+        self.sync()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Poll until the condition holds."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            threading.Event().wait(0.002)
+
+    def add(self, name: str, phase: Phase = Phase.ACTIVE) -> Pod:
+        """Give a pod addresses and a device, as ADD does up to the given phase."""
+        it = Attachment("net", name, "eth0")
+        mac = "02:" + hashlib.sha256(name.encode()).digest()[:5].hex(":")
+        device = f"pl-{name}"
+        pod = self.store.reserve(it, device=device, mac=mac, mtu=1500, netns=Netns("/x", "4:1"))
+        self.devices.create(device)
+        if phase is not Phase.RESERVED:
+            self.store.activate(it)
+        if phase is Phase.RELEASING:
+            self.store.begin_release(it)
+        return pod
+
+    def remove(self, pod: Pod) -> None:
+        """Take a pod away as DEL does: with a device all that refers to it is gone, but not its endpoints."""
+        self.store.begin_release(pod.attachment)
+        index = self.devices.existing.pop(pod.device)
+        self.table("hooks").objects.pop(Hook(pod.device, "ingress"), None)
+        self.table("hooks").objects.pop(Hook(pod.device, "egress"), None)
+        for address in pod.addresses:
+            self.table("neighbours").objects.pop(Neighbour(address, index), None)
+            self.table("routes").objects.pop(address, None)
+        self.sync()
+        self.store.remove(pod.attachment)
+
+    def table(self, name: str) -> MemoryTable[Any, Any]:
+        """Return a table by its name."""
+        table = getattr(self.tables, name)
+        assert isinstance(table, MemoryTable)
+        return table
+
+    def actual(self) -> State:
+        """Return all that the tables hold."""
+        return State(**{name: dict(self.table(name).objects) for name in NAMES})
+
+    def desired(self) -> State:
+        """Return what the tables should hold."""
+        pods = self.store.pods()
+        return plan(pods, self.devices.indexes(pods))

@@ -1,0 +1,126 @@
+"""What should be in the kernel, computed from pods and devices."""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Address, ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.plan import link_local, plan
+from agent.state import Attached, Endpoint, Hook, Neighbour, State
+from agent.store import Netns, Phase, Pod
+from cni.call import Attachment
+
+MAC = "02:00:5e:10:00:01"
+LINK_LOCAL = ip_address("fe80::5eff:fe10:1")
+V4, V6 = ip_address("10.0.0.1"), ip_address("fd00::1")
+
+
+def pod(*addresses: str, device: str = "pl1", mac: str = MAC, phase: Phase = Phase.ACTIVE) -> Pod:
+    """Return a pod with these addresses."""
+    return Pod(
+        attachment=Attachment("net", device, "eth0"),
+        device=device,
+        mac=mac,
+        mtu=1500,
+        netns=Netns("/run/netns/x", "4:1"),
+        addresses=tuple(ip_address(address) for address in addresses),
+        phase=phase,
+        boot_id="boot",
+    )
+
+
+def hooks(device: str, ifindex: int) -> dict[Hook, Attached]:
+    """Return the two programs of a pod's host end."""
+    return {
+        Hook(device, "ingress"): Attached(ifindex, "from_pod"),
+        Hook(device, "egress"): Attached(ifindex, "to_pod"),
+    }
+
+
+@pytest.mark.parametrize("phase", [Phase.RESERVED, Phase.ACTIVE])
+def test_pod_of_both_families(phase: Phase) -> None:
+    """A pod has two programs, a neighbour and a route per address, and is an endpoint under its link-local one too."""
+    assert plan([pod("10.0.0.1", "fd00::1", phase=phase)], {"pl1": 7, "eth0": 2}) == State(
+        endpoints={V4: Endpoint(7, MAC), V6: Endpoint(7, MAC), LINK_LOCAL: Endpoint(7, MAC)},
+        hooks=hooks("pl1", 7),
+        neighbours={Neighbour(V4, 7): MAC, Neighbour(V6, 7): MAC},
+        routes={V4: 7, V6: 7},
+    )
+
+
+def test_pod_without_ipv6_has_no_link_local_address() -> None:
+    """A pod that has no IPv6 may not send from a link-local address either."""
+    assert plan([pod("10.0.0.1")], {"pl1": 7}).endpoints.keys() == {V4}
+    assert plan([pod("fd00::1")], {"pl1": 7}).endpoints.keys() == {V6, LINK_LOCAL}
+
+
+def test_releasing_pod_keeps_its_programs_only() -> None:
+    """While a pod is released, nothing leads to it, and its programs drop whatever it still sends."""
+    assert plan([pod("10.0.0.1", "fd00::1", phase=Phase.RELEASING)], {"pl1": 7}) == State(hooks=hooks("pl1", 7))
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("indexes", [{}, {"pl2": 7}])
+def test_pod_without_device_gets_nothing(phase: Phase, indexes: dict[str, int]) -> None:
+    """Nothing leads to a device that does not exist."""
+    assert plan([pod("10.0.0.1", "fd00::1", phase=phase)], indexes) == State()
+
+
+def test_no_pods() -> None:
+    """Devices alone get nothing."""
+    assert plan([], {"pl1": 7}) == State()
+
+
+numbers = st.lists(st.integers(1, 250), unique=True, max_size=6)
+
+
+@given(numbers, st.data())
+def test_pods_are_planned_independently(chosen: list[int], data: st.DataObject) -> None:
+    """The plan of many pods is the union of their plans, whatever their order is."""
+    pods = [
+        pod(
+            f"10.0.0.{number}",
+            f"fd00::{number:x}",
+            device=f"pl{number}",
+            mac=f"02:00:00:00:00:{number:02x}",
+            phase=data.draw(st.sampled_from(Phase)),
+        )
+        for number in chosen
+    ]
+    indexes = {f"pl{number}": number for number in data.draw(st.lists(st.integers(1, 250), unique=True)) + chosen[1:]}
+    union = State()
+    for each in pods:
+        alone = plan([each], indexes)
+        union.endpoints.update(alone.endpoints)
+        union.hooks.update(alone.hooks)
+        union.neighbours.update(alone.neighbours)
+        union.routes.update(alone.routes)
+    assert plan(data.draw(st.permutations(pods)), indexes) == union
+    assert {attached.ifindex for attached in union.hooks.values()} <= set(indexes.values())
+
+
+@pytest.mark.parametrize(
+    ("mac", "address"),
+    [
+        ("00:00:5e:00:53:01", "fe80::200:5eff:fe00:5301"),
+        ("34:56:78:9a:bc:de", "fe80::3656:78ff:fe9a:bcde"),  # RFC 4291, appendix A: the universal bit is inverted
+        ("36:56:78:9A:BC:DE", "fe80::3456:78ff:fe9a:bcde"),
+        ("02:00:00:00:00:01", "fe80::ff:fe00:1"),
+        ("ff:ff:ff:ff:ff:ff", "fe80::fdff:ffff:feff:ffff"),
+    ],
+)
+def test_link_local_address(mac: str, address: str) -> None:
+    """The link-local address is the modified EUI-64 of the MAC address."""
+    assert link_local(mac) == ip_address(address)
+
+
+@given(st.binary(min_size=6, max_size=6))
+def test_link_local_addresses_differ(octets: bytes) -> None:
+    """The MAC address can be read back from its link-local address, so no two share one."""
+    address: IPv6Address = link_local(octets.hex(":"))
+    identifier = address.packed[8:]
+    assert address.is_link_local
+    assert bytes([identifier[0] ^ 2]) + identifier[1:3] + identifier[5:] == octets
