@@ -24,6 +24,7 @@ from cni.call import explain
 Network = IPv4Network | IPv6Network
 
 
+IPV6_MIN_MTU = 1280  # bytes
 _V4_MAPPED = ip_network("::ffff:0:0/96")
 
 
@@ -40,6 +41,12 @@ def _parse_network(value: object) -> Network:
     if network.version == 6 and network.overlaps(_V4_MAPPED):
         raise ValueError(f"{network} has addresses that mean IPv4 ones (RFC 4291 section 2.5.5.2): give an IPv4 subnet")
     return network
+
+
+def _check_mtu(mtu: int) -> int:
+    if 0 < mtu < IPV6_MIN_MTU:
+        raise ValueError(f"allowed are 0 and {IPV6_MIN_MTU} to 65535: IPv6 needs that much (RFC 8200 section 5)")
+    return mtu
 
 
 def _check_port(address: str) -> str:
@@ -103,7 +110,7 @@ class Config(_Model):
     )
     """Each pod gets one address of every family that has a range; ranges of one family follow one another. Default:
     one node's share of what most clusters use."""
-    mtu: Annotated[int, Field(strict=True, ge=0, le=65535)] = 0
+    mtu: Annotated[int, Field(strict=True, ge=0, le=65535), AfterValidator(_check_mtu)] = 0
     """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting."""
     hooks: Literal["auto", "tcx", "clsact"] = "auto"
     """How programs are attached. Default: tcx where the kernel has it (6.6), since its links are pinned and swapped

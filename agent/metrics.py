@@ -7,9 +7,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from socketserver import ThreadingMixIn
-from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-from wsgiref.types import StartResponse, WSGIEnvironment
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import (
     CollectorRegistry,
@@ -154,9 +153,8 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
         if path == "/healthz":
             return _answer(start_response, "200 OK", "ok")
         if path == "/readyz":
-            if readiness.reason:
-                return _answer(start_response, "503 Service Unavailable", readiness.reason)
-            return _answer(start_response, "200 OK", "ready")
+            reason = readiness.reason
+            return _answer(start_response, "503 Service Unavailable" if reason else "200 OK", reason or "ready")
         return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
 
     host, _, port = address.rpartition(":")
@@ -166,12 +164,11 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
     return server
 
 
-def _scrape(app: Any, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+def _scrape(app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     try:
-        result: Iterable[bytes] = app(environ, start_response)
+        return app(environ, start_response)
     except KernelError as error:
         return _answer(start_response, "500 Internal Server Error", str(error))
-    return result
 
 
 def _answer(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:

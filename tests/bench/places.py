@@ -67,7 +67,7 @@ class Reference:
             "ranges": ranges,
             "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
         }
-        config = {"cniVersion": "1.0.0", "name": plugin, "type": plugin, "ipam": ipam}
+        config: dict[str, object] = {"cniVersion": "1.0.0", "name": plugin, "type": plugin, "ipam": ipam}
         if plugin == "bridge":
             config |= {"bridge": "br0", "isGateway": True}
         self._config = json.dumps(config)

@@ -18,7 +18,7 @@ from tests.node.machine import ROOT, Machine, Netns, TestPod, machine
 from tests.node.traffic import lossless_traffic
 
 HOOKS = {"from_pod": libbpf.TCX_INGRESS, "to_pod": libbpf.TCX_EGRESS}
-OTHERS = 10  # more pods, so that a wrong order of changes shows: the time between two of them grows with their number
+OTHERS = 20  # more pods, so that a wrong order of changes shows: the time between two of them grows with their number
 MULTICAST = {"fwd_from_stack", "punt_multicast", "punt_options"}  # the kernels' own listener reports
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +25,15 @@ K = TypeVar("K")
 V = TypeVar("V")
 NAMES = tuple(each.name for each in fields(State))
 SECONDS = 30.0  # until a test that waits for something gives up
+
+
+FOREIGN: dict[str, tuple[Any, Any]] = {
+    "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
+    "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
+    "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
+    "routes": (ip_address("192.0.2.1"), 99),
+}
+"""One object of each table that belongs to no pod."""
 
 
 class MemoryTable(Generic[K, V]):
@@ -123,11 +132,13 @@ class World:
         )
         self.devices = MemoryDevices(self.journal)
         self.repairs: Counter[str] = Counter()
+        self.to_settle = 0
         self.loop = Loop(
             store=self.store,
             tables=self.tables,
             devices=self.devices,
             repaired=lambda kind, count: self.repairs.update({kind: count}),
+            settle=self.settle,
             resync_seconds=resync_seconds,
         )
 
@@ -141,6 +152,13 @@ class World:
         finally:
             self.loop.stop()
             self.store.close()
+
+    def settle(self) -> bool:
+        """Do one of the things that can wait; say whether there are more."""
+        if self.to_settle:
+            self.to_settle -= 1
+            self.journal.append(("settle", "hooks"))
+        return self.to_settle > 0
 
     def sync(self) -> None:
         """Wait for a pass."""
