@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,10 +19,8 @@ from pydantic import (
 )
 
 from agent.ranges import Range
+from agent.state import Network
 from cni.call import explain
-
-Network = IPv4Network | IPv6Network
-
 
 IPV6_MIN_MTU = 1280  # bytes
 _V4_MAPPED = ip_network("::ffff:0:0/96")

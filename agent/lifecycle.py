@@ -42,6 +42,7 @@ class StartError(Exception):
 def run(config: Config, version: str, stop: threading.Event) -> None:
     """Run an agent until `stop` is set. Pods and what carries their packets stay as they are. Raises StartError."""
     metrics, readiness = Metrics(version), Readiness()
+    metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:
         try:
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
@@ -82,10 +83,12 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
             hooks=hooks,
             neighbours=netlink.NeighbourTable(),
             routes=netlink.RouteTable(),
+            subnets=netlink.SubnetTable(),
         ),
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,
+        subnets=[each.subnet for each in config.ranges],
         resync_seconds=config.resync_seconds,
     )
     node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
@@ -153,7 +156,6 @@ def _become_ready(config: Config, scratch: ScratchPod, metrics: Metrics, readine
         readiness.unproved = str(error)
         return
     readiness.unproved = ""
-    metrics.set_ready(True)
     log.info("ready socket=%s", config.paths.socket)
 
 

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from agent.diff import diff
 from agent.plan import plan
-from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, State, Table
+from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, Network, State, Table
 from agent.store import Phase, Pod, Store
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Tables:
     hooks: Table[Hook, Attached]
     neighbours: Table[Neighbour, str]
     routes: Table[Address, int]
+    subnets: Table[Network, Literal["unreachable"]]
 
 
 class Devices(Protocol):
@@ -62,7 +63,7 @@ class Loop:
     """Brings the kernel to the plan, in a thread of its own.
 
     It tells `repaired(kind, count)` what had to be put back, and calls `settle` when nobody waits, for as long as that
-    returns True: there is more to do.
+    returns True: there is more to do. `subnets` are those that the node's pods have their addresses from.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Loop:
         devices: Devices,
         repaired: Callable[[str, int], None],
         settle: Callable[[], bool],
+        subnets: Sequence[Network],
         resync_seconds: float,
     ) -> None:
         self._store = store
@@ -80,6 +82,7 @@ class Loop:
         self._devices = devices
         self._repaired = repaired
         self._settle = settle
+        self._subnets = subnets
         self._interval = resync_seconds
         self._known: State | None = None  # what is in the kernel, as far as we know
         self._failures: dict[str, str] = {}  # of the tables, by object
@@ -203,7 +206,7 @@ class Loop:
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
         known = self._known
         assert known is not None
-        desired = plan(pods, self._devices.indexes(pods))
+        desired = plan(pods, self._devices.indexes(pods), self._subnets)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)

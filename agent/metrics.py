@@ -28,7 +28,7 @@ from agent.state import KernelError
 # ADD takes some milliseconds; what matters is when it does not.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COMMANDS = ("ADD", "DEL", "STATUS")
-_REPAIR_KINDS = ("devices", "endpoints", "hooks", "neighbours", "routes")
+_REPAIR_KINDS = ("devices", "endpoints", "hooks", "neighbours", "routes", "subnets")
 
 Outcomes = Callable[[], Mapping[str, tuple[int, int]]]
 """Returns packets and bytes by outcome."""
@@ -83,9 +83,9 @@ class Metrics:
         """Record how long a phase of the start took."""
         self._phases.labels(phase).set(seconds)
 
-    def set_ready(self, ready: bool) -> None:
-        """Record whether ADD can be served."""
-        self._ready.set(ready)
+    def watch_readiness(self, readiness: Readiness) -> None:
+        """Read at every scrape whether ADD can be served, as the probe does."""
+        self._ready.set_function(lambda: not readiness.reason)
 
     def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]) -> None:
         """Read these at every scrape, rather than keep copies of them."""

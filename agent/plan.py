@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from ipaddress import IPv6Address
 
-from agent.state import Attached, Endpoint, Hook, Neighbour, State
+from agent.state import Attached, Endpoint, Hook, Neighbour, Network, State
 from agent.store import Phase, Pod
 
 
-def plan(pods: Iterable[Pod], indexes: Mapping[str, int]) -> State:
+def plan(pods: Iterable[Pod], indexes: Mapping[str, int], subnets: Iterable[Network] = ()) -> State:
     """Return the desired state.
 
     `indexes` gives the interface index of each host-side device that exists; a pod whose device is missing gets
     nothing, since packets to it could go nowhere. A pod that is being released keeps its programs, which drop whatever
-    it still sends, until its device is gone.
+    it still sends, until its device is gone. What is of the node's own `subnets` and no pod's is unreachable: the
+    default route would send it away, and the world's routes send it back.
     """
-    desired = State()
+    desired = State(subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"))
     for pod in pods:
         ifindex = indexes.get(pod.device)
         if ifindex is None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal, Protocol, TypeVar
 
 Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
 Direction = Literal["ingress", "egress"]
 Program = Literal["from_pod", "to_pod"]
 
@@ -63,6 +64,7 @@ class State:
     hooks: dict[Hook, Attached] = field(default_factory=dict)
     neighbours: dict[Neighbour, str] = field(default_factory=dict)
     routes: dict[Address, int] = field(default_factory=dict)
+    subnets: dict[Network, Literal["unreachable"]] = field(default_factory=dict)
 
 
 class Table(Protocol[K, V]):

@@ -19,7 +19,7 @@ from agent.netlink.devices import (
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
 from agent.netlink.pods import InterfaceExists, configure_pod, create_pair, raise_host
-from agent.netlink.tables import NeighbourTable, RouteTable
+from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
 
 __all__ = [
     "ALIAS_PREFIX",
@@ -29,6 +29,7 @@ __all__ = [
     "Monitor",
     "NeighbourTable",
     "RouteTable",
+    "SubnetTable",
     "configure_pod",
     "create_pair",
     "delete_device",

@@ -40,8 +40,8 @@ def main() -> None:
             "podlane (clsact)": Podlane(places / "clsact", stack, hooks="clsact"),
         }
         peers: dict[str, Runtime] = {
-            "bridge": Reference(places / "bridge", stack, "bridge", 88),
-            "ptp": Reference(places / "ptp", stack, "ptp", 89),
+            "bridge": Reference(places / "bridge", stack, "bridge", 88, bridge="br0", isGateway=True, ipMasq=True),
+            "ptp": Reference(places / "ptp", stack, "ptp", 89, ipMasq=True),
         }
         if "packets" in arguments.what:
             _packets(places, podlane | peers, arguments.rounds, stack)

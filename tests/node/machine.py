@@ -293,7 +293,8 @@ class Machine:
     def traces(self) -> dict[str, list[str]]:
         """Return everything that pods have left on this machine, in order: empty lists when nothing is left.
 
-        Of devices the names, of routes all but the state of the link, since the kernel tells those late.
+        Of devices the names, of routes all but the state of the link, since the kernel tells those late. The node's own
+        subnets, which are unreachable but for pods, are no traces of a pod.
         """
         import sqlite3
 
@@ -309,6 +310,7 @@ class Machine:
                 line.replace(" linkdown", "")
                 for family in ("-4", "-6")
                 for line in self.netns.run("ip", family, "route", "show", "proto", "112").stdout.splitlines()
+                if not line.startswith("unreachable")
             ],
             "neighbours": [
                 line

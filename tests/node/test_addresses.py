@@ -84,7 +84,7 @@ def test_addresses_are_used_in_turn(tmp_path: Path, netns: Netns) -> None:
 
 
 def test_not_ready_while_exhausted(tmp_path: Path) -> None:
-    """While an ADD could not be served, STATUS, probe and metric say so and why, also after a restart; a DEL ends it."""
+    """While an ADD could not be served, STATUS, probe and metric say so, also after a restart; a DEL ends it."""
     with ready_node(tmp_path, "10.9.0.0/30") as node:
         a = node.make_pod("a")
         assert node.cni("STATUS").exit_code == 0

@@ -147,7 +147,7 @@ def test_bytes(node: Machine, pods: tuple[TestPod, TestPod], family: int) -> Non
 
 def test_repairs_by_kind(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
     """All kinds of repairs are there from the start at 0, so that a rate of the first one can be seen."""
-    kinds = {(kind,) for kind in ("devices", "endpoints", "hooks", "neighbours", "routes")}
+    kinds = {(kind,) for kind in ("devices", "endpoints", "hooks", "neighbours", "routes", "subnets")}
     assert values(node, "podlane_repairs_total").keys() == kinds
     before = values(node, "podlane_repairs_total")["routes",]
     node.netns.run("ip", "route", "delete", pods[0].addresses[V4])

@@ -352,3 +352,10 @@ def test_another_namespace_at_the_pods_path(node: Machine, a: TestPod) -> None:
     full_pass(node, a)
     assert "eth0" not in pod.netns.run("ip", "-o", "link").stdout
     node.delete_pod(pod)
+
+
+def test_unreachable_subnets(node: Machine, a: TestPod, b: TestPod) -> None:
+    """The route that keeps packets for unused addresses of the node's own ranges here is put back."""
+    with repaired(node, a, b, subnets=2):
+        node.netns.run("ip", "route", "delete", "unreachable", "10.244.0.0/24")
+        node.netns.run("ip", "-6", "route", "delete", "unreachable", "fd00:10:244::/64")

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from agent.loop import Loop, Tables
 from agent.plan import plan
 from agent.ranges import Range
-from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, State
+from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, Network, State
 from agent.store import Netns, Phase, Pod, Store
 from cni.call import Attachment
 
@@ -32,6 +32,7 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "routes": (ip_address("192.0.2.1"), 99),
+    "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
 }
 """One object of each table that belongs to no pod."""
 
@@ -122,6 +123,7 @@ class World:
 
     def __init__(self, directory: Path, *, resync_seconds: float = 0.02) -> None:
         ranges = [Range.of(ip_network(subnet)) for subnet in ("10.0.0.0/24", "fd00::/64")]
+        self.subnets = [each.subnet for each in ranges]
         self.store = Store(directory / "ipam.db", ranges, "boot")
         self.journal: list[tuple[str, str]] = []
         self.tables = Tables(
@@ -129,6 +131,7 @@ class World:
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             routes=MemoryTable[Address, int]("routes", self.journal),
+            subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
         )
         self.devices = MemoryDevices(self.journal)
         self.repairs: Counter[str] = Counter()
@@ -139,6 +142,7 @@ class World:
             devices=self.devices,
             repaired=lambda kind, count: self.repairs.update({kind: count}),
             settle=self.settle,
+            subnets=self.subnets,
             resync_seconds=resync_seconds,
         )
 
@@ -215,4 +219,4 @@ class World:
     def desired(self) -> State:
         """Return what the tables should hold."""
         pods = self.store.pods()
-        return plan(pods, self.devices.indexes(pods))
+        return plan(pods, self.devices.indexes(pods), self.subnets)

@@ -50,6 +50,8 @@ def test_order(slow: World) -> None:
             ("upsert", "hooks"),
             ("upsert", "neighbours"),
             ("upsert", "routes"),
+            ("upsert", "subnets"),
+            ("delete", "subnets"),
             ("delete", "routes"),
             ("delete", "neighbours"),
             ("delete", "hooks"),
