@@ -52,7 +52,9 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
         while not stop.is_set():
             spool.drain()
             if readiness.unproved:
-                _become_ready(config, scratch, metrics, readiness)
+                _prove(scratch, metrics, readiness)
+            if not readiness.unproved:
+                _install(config, readiness)
             stop.wait(config.resync_seconds)
     log.info("stopped")
 
@@ -100,7 +102,9 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
     datapath.prune()
     cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
     _release_leftovers(store, node, boot_id)
-    return _serve_launchers(config.paths, node, metrics, cleanup), ScratchPod(wiring, loop)
+    scratch = ScratchPod(wiring, loop)
+    _prove(scratch, metrics, readiness)
+    return _serve_launchers(config.paths, node, metrics, cleanup), scratch
 
 
 def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
@@ -143,20 +147,33 @@ def _serve_launchers(paths: Paths, node: Node, metrics: Metrics, cleanup: ExitSt
     return spool
 
 
-def _become_ready(config: Config, scratch: ScratchPod, metrics: Metrics, readiness: Readiness) -> None:
-    """Prove the datapath, and tell the runtime last of all. What fails is tried again, and said once."""
+def _prove(scratch: ScratchPod, metrics: Metrics, readiness: Readiness) -> None:
+    """Send a packet through the datapath; what fails is tried again, and said once."""
     try:
         with _timed("selftest", metrics):
             scratch.test()
-        install_launcher(config.paths.launcher, config.paths.cni_bin_dir)
-        install_conflist(config.paths.cni_conf_dir, config.network)
-    except (SelfTestFailed, InstallError) as error:
+    except SelfTestFailed as error:
         if readiness.unproved != str(error):
-            log.error("not ready reason=%r", str(error))  # expected trouble: no traceback
+            log.error("the datapath does not work reason=%r", str(error))
         readiness.unproved = str(error)
         return
     readiness.unproved = ""
-    log.info("ready socket=%s", config.paths.socket)
+    log.info("the datapath works")
+
+
+def _install(config: Config, readiness: Readiness) -> None:
+    """Tell the runtime, last of all, and again should somebody undo it; what fails is tried again, and said once."""
+    try:
+        install_launcher(config.paths.launcher, config.paths.cni_bin_dir)
+        install_conflist(config.paths.cni_conf_dir, config.network)
+    except InstallError as error:
+        if readiness.uninstalled != str(error):
+            log.error("the runtime cannot be told reason=%r", str(error))
+        readiness.uninstalled = str(error)
+        return
+    if readiness.uninstalled:
+        log.info("ready network=%s socket=%s", config.network, config.paths.socket)
+    readiness.uninstalled = ""
 
 
 @contextmanager

@@ -29,13 +29,15 @@ class Readiness:
 
     unproved: str = "the agent is starting"
     """What the datapath's proof lacks; empty once it is there."""
+    uninstalled: str = "the CNI configuration is not installed yet"
+    """What could not be put where the runtime looks; empty if nothing."""
     exhausted: Callable[[], str] = lambda: ""
     """Says which addresses have run out; empty while there are some."""
 
     @property
     def reason(self) -> str:
         """Why ADD cannot be served now; empty if it can."""
-        return self.unproved or self.exhausted()
+        return self.unproved or self.uninstalled or self.exhausted()
 
 
 class Node:
@@ -50,15 +52,19 @@ class Node:
         self._readiness = readiness
 
     def reserve(self, attachment: Attachment, netns_path: str, netns: int, mtu: int) -> None:
-        """See `cni.commands.Node`. Codes: 8 for a bad namespace, 100 for a second ADD, 101 for no free address."""
+        """See `cni.commands.Node`.
+
+        Codes: 8 for a bad namespace, 11 before the datapath is proved, 100 for a second ADD, 101 for no free address.
+        """
+        if self._readiness.unproved:
+            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
         _check_netns(netns, netns_path)
+        with _translated():
+            mtu = mtu or self._mtu or netlink.uplink_mtu()
+            identity = Netns(netns_path, netns_id(netns))
         try:
             pod = self._store.reserve(
-                attachment,
-                device=device_name(attachment),
-                mac=pod_mac(attachment),
-                mtu=mtu or self._mtu or netlink.uplink_mtu(),
-                netns=Netns(netns_path, netns_id(netns)),
+                attachment, device=device_name(attachment), mac=pod_mac(attachment), mtu=mtu, netns=identity
             )
         except AttachmentExists as error:
             raise CniError(

@@ -69,7 +69,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Netns:
-    """A pod's network namespace: the path that the runtime gave, and the identity "device:inode" of what was there."""
+    """A pod's network namespace: the path that the runtime gave, and the identity "inode:cookie" of what was there."""
 
     path: str
     id: str

@@ -21,8 +21,7 @@
 /* An IP packet from a pod: is it the pod's, and who carries it on? */
 static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
 {
-    /* IPv6 headers may not hold v4-mapped addresses; the maps do, so such a packet could pass for an IPv4
-     * one. */
+    /* IPv6 headers may not hold v4-mapped addresses; the maps do, so such a packet could pass for an IPv4 one. */
     if (packet->is_ipv6 && (is_v4_mapped(&packet->source) || is_v4_mapped(&packet->destination)))
         return drop(skb, OUTCOME(drop_mapped_address));
 
@@ -62,8 +61,7 @@ int from_pod(struct __sk_buff *skb)
             return drop(skb, OUTCOME(drop_spoofed_arp));
         return punt(skb, OUTCOME(punt_arp));
     case KIND_VLAN:
-        /* The stack strips nested priority tags after this hook: what is inside would never have been
-         * checked. */
+        /* The stack strips nested priority tags after this hook: what is inside would never have been checked. */
         return drop(skb, OUTCOME(drop_vlan));
     case KIND_MALFORMED:
         return punt(skb, OUTCOME(punt_malformed));
