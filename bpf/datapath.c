@@ -5,18 +5,26 @@
  * Unknown means punt: what a program does not understand goes to the host stack, which routes, answers or
  * discards it as a router should. Only what would let a pod pass for somebody else is dropped.
  */
+#include <asm-generic/errno-base.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
 #include <linux/in6.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
 
 #include "counters.h"
 #include "deliver.h"
+#include "leave.h"
 #include "maps.h"
+#include "masquerade.h"
 #include "parse.h"
+#include "rewrite.h"
 #include "spoofing.h"
+#include "stack.h"
+#include "transport.h"
 
 /* An IP packet from a pod: is it the pod's, and who carries it on? */
 static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
@@ -41,12 +49,15 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     if (is_link_local(&packet->source) || is_link_local(&packet->destination))
         return punt(skb, OUTCOME(punt_link_local));
 
+    if (packet->via_stack && is_stack_flow(skb, packet))
+        return punt(skb, OUTCOME(punt_reply));
+
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
-        return punt(skb, OUTCOME(punt_host));
+        return leave(skb, packet);
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
-    return deliver(skb, packet, endpoint);
+    return deliver(skb, packet, endpoint, OUTCOME(fwd_local));
 }
 
 /* What a pod sends: ingress of the host end of its veth pair. */
@@ -75,5 +86,66 @@ int from_pod(struct __sk_buff *skb)
 /* What the host stack sends to a pod: egress of the host end of its veth pair. */
 int to_pod(struct __sk_buff *skb)
 {
+    struct packet packet = {};
+    struct transport transport = {};
+
+    if (parse(skb, &packet) == KIND_IP && !node_addresses.lookup(&packet.source) &&
+        parse_transport(skb, &packet, &transport)) {
+        struct endpoint *pod = endpoints.lookup(&packet.destination);
+        if (pod)
+            keep_in_stack(&transport, pod);
+    }
     return punt(skb, OUTCOME(fwd_from_stack));
+}
+
+/* What leaves the node: egress of an uplink. The only place where masquerading happens. */
+int to_uplink(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+    bool fast = skb->mark == FAST_MARK;
+
+    if (fast)
+        skb->mark = 0;
+    if (parse(skb, &packet) != KIND_IP)
+        return punt(skb, OUTCOME(fwd_host_out));
+    struct endpoint *pod = endpoints.lookup(&packet.source);
+    if (!pod)
+        return punt(skb, OUTCOME(fwd_host_out));
+
+    bool has_ports = parse_transport(skb, &packet, &transport);
+    if (!fast && has_ports)
+        keep_in_stack(&transport, pod);
+    if (has_ports && is_reply(&transport))
+        return punt(skb, OUTCOME(fwd_reply));
+    if (is_native(&packet))
+        return punt(skb, OUTCOME(fwd_native));
+    if (!has_ports)
+        return drop(skb, OUTCOME(drop_masq_unsupported));
+    return masquerade(skb, &packet, &transport);
+}
+
+/* What comes from outside: ingress of an uplink. */
+int from_uplink(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+
+    if (parse(skb, &packet) != KIND_IP)
+        return punt(skb, OUTCOME(fwd_host_in));
+    bool has_ports = parse_transport(skb, &packet, &transport);
+    __u64 outcome = OUTCOME(fwd_inbound);
+    if (has_ports && unmasquerade(skb, &packet, &transport))
+        outcome = OUTCOME(masq_in);
+
+    struct endpoint *pod = endpoints.lookup(&packet.destination);
+    if (!pod || is_link_local(&packet.destination))
+        return punt(skb, OUTCOME(fwd_host_in));
+    if (packet.has_options || packet.ttl <= 1 || skb->pkt_type != PACKET_HOST)
+        return punt(skb, outcome);
+    if (pod->via_stack && has_ports && stack_flows.lookup(&transport.tuple))
+        return punt(skb, outcome);
+    if (has_ports && outcome == OUTCOME(fwd_inbound))
+        note_inbound(&transport);
+    return deliver(skb, &packet, pod, outcome);
 }

@@ -19,7 +19,8 @@ static void decrement_ttl(void *ip, bool is_ipv6)
     header->ttl--;
 }
 
-static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint *endpoint)
+/* Counts `outcome` if it is delivered. */
+static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint *endpoint, __u64 outcome)
 {
     void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
     struct ethhdr *ethernet = data;
@@ -33,6 +34,6 @@ static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint
      */
     __builtin_memcpy(ethernet->h_source, ethernet->h_dest, ETH_ALEN);
     __builtin_memcpy(ethernet->h_dest, endpoint->mac, ETH_ALEN);
-    count(skb, OUTCOME(fwd_local));
+    count(skb, outcome);
     return bpf_redirect_peer(endpoint->ifindex, 0);
 }

@@ -43,7 +43,10 @@ struct packet {
     __u8 source_mac[ETH_ALEN];
     __u8 claimed_mac[ETH_ALEN]; /* the MAC inside an ARP message */
     __u8 ttl;
+    __u8 protocol;         /* of what follows the IP header, or the first extension header of IPv6 */
+    __u8 is_fragment;      /* any but a whole packet */
     __u8 has_options;      /* IPv4 options or an IPv6 hop-by-hop header: every router must look */
+    __u8 via_stack;        /* the source's endpoint says so; see maps.h */
     __u8 is_ipv6;          /* the header's family, not the addresses' looks */
     __u8 neighbour_type;   /* the ICMPv6 type if this is neighbour discovery, else 0 */
     struct addr neighbour; /* its target, if it has one */
@@ -122,6 +125,8 @@ static enum kind parse_ipv4(struct __sk_buff *skb, struct packet *packet)
     packet->source = from_ipv4(ip->saddr);
     packet->destination = from_ipv4(ip->daddr);
     packet->ttl = ip->ttl;
+    packet->protocol = ip->protocol;
+    packet->is_fragment = (ip->frag_off & bpf_htons(0x3fff)) != 0; /* more fragments, or an offset */
     packet->has_options = header > sizeof(*ip);
     return KIND_IP;
 }
@@ -153,6 +158,8 @@ static enum kind parse_ipv6(struct __sk_buff *skb, struct packet *packet)
     packet->source = from_ipv6(&ip->saddr);
     packet->destination = from_ipv6(&ip->daddr);
     packet->ttl = ip->hop_limit;
+    packet->protocol = ip->nexthdr;
+    packet->is_fragment = ip->nexthdr == IPPROTO_FRAGMENT;
     packet->has_options = ip->nexthdr == IPPROTO_HOPOPTS;
     if (ip->nexthdr == IPPROTO_ICMPV6)
         parse_neighbour_message(skb, packet);
