@@ -6,6 +6,12 @@
 #include "maps.h"
 #include "parse.h"
 
+/*
+ * By how much a hop changes the sum of an IPv6 header. Nothing in the packet makes up for that, so if the kernel keeps
+ * the packet's sum (CHECKSUM_COMPLETE, of some network cards) that must be told.
+ */
+#define HOP_LIMIT_DIFFERENCE bpf_htons(0xfffe)
+
 /* Takes one from the TTL or hop limit; the IPv4 checksum is updated, not recomputed (RFC 1624, eqn. 3). */
 static void decrement_ttl(void *ip, bool is_ipv6)
 {

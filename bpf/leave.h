@@ -8,19 +8,30 @@
 #include "parse.h"
 #include "stack.h"
 
-/* Of the largest headers that a GSO segment can have before its payload: Ethernet, IPv6, TCP with all options. */
-#define SEGMENT_HEADERS (ETH_HLEN + 40 + 60)
-
 /* bcc declares this helper with three arguments. */
-static int (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *params, int size, __u64 flags) =
-    (void *)BPF_FUNC_redirect_neigh;
+static int (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *params, int size,
+                             __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
-static bool find_route(struct __sk_buff *skb, const struct packet *packet, struct bpf_fib_lookup *route)
+/* The largest IP packet that this one is on the wire: of a GSO packet, that is a segment. */
+static __u32 wire_size(struct __sk_buff *skb, const struct packet *packet)
+{
+    __u32 header = sizeof(struct udphdr);
+    __u8 words;
+
+    if (!skb->gso_size)
+        return packet->size - ETH_HLEN;
+    if (packet->protocol == IPPROTO_TCP && bpf_skb_load_bytes(skb, packet->header_end + 12, &words, sizeof(words)) == 0)
+        header = (words >> 4) * 4;
+    return packet->header_end - ETH_HLEN + header + skb->gso_size;
+}
+
+/* Returns BPF_FIB_LKUP_RET_*. */
+static int find_route(struct __sk_buff *skb, const struct packet *packet, struct bpf_fib_lookup *route)
 {
     route->family = packet->is_ipv6 ? AF_INET6 : AF_INET;
     route->l4_protocol = packet->protocol;
     route->ifindex = skb->ifindex;
-    /* tot_len stays 0: with it the kernel would refuse every GSO packet. Without it, it checks the device's MTU. */
+    route->tot_len = wire_size(skb, packet); /* compared with the route's MTU */
     if (packet->is_ipv6) {
         __builtin_memcpy(route->ipv6_src, &packet->source, sizeof(route->ipv6_src));
         __builtin_memcpy(route->ipv6_dst, &packet->destination, sizeof(route->ipv6_dst));
@@ -28,13 +39,7 @@ static bool find_route(struct __sk_buff *skb, const struct packet *packet, struc
         route->ipv4_src = packet->source.word[3];
         route->ipv4_dst = packet->destination.word[3];
     }
-    int result = bpf_fib_lookup(skb, route, sizeof(*route), 0);
-    return result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH;
-}
-
-static bool is_too_big(struct __sk_buff *skb, __u32 mtu)
-{
-    return skb->gso_size && skb->gso_size + SEGMENT_HEADERS > mtu + ETH_HLEN;
+    return bpf_fib_lookup(skb, route, sizeof(*route), 0);
 }
 
 static int send_out(struct __sk_buff *skb, struct packet *packet, struct bpf_fib_lookup *route)
@@ -60,16 +65,17 @@ static int leave(struct __sk_buff *skb, struct packet *packet)
     struct settings *options = settings.lookup(&zero);
     __u8 *kind = prefixes.lookup(&prefix);
 
-    if (!options || options->stack_routes || (kind && *kind == PREFIX_STACK) ||
+    if (!options || !options->last_port || options->stack_routes || (kind && *kind & PREFIX_STACK) ||
         node_addresses.lookup(&packet->destination))
         return punt(skb, OUTCOME(punt_host));
-    if (!find_route(skb, packet, &route))
+    int found = find_route(skb, packet, &route);
+    if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+        return punt(skb, OUTCOME(punt_too_big));
+    if (found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH)
         return punt(skb, OUTCOME(punt_no_route));
     __u32 ifindex = route.ifindex;
     if (!uplinks.lookup(&ifindex))
         return punt(skb, OUTCOME(punt_host));
-    if (is_too_big(skb, route.mtu_result))
-        return punt(skb, OUTCOME(punt_too_big));
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
     return send_out(skb, packet, &route);

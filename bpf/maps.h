@@ -24,8 +24,8 @@ struct endpoint {
 };
 
 /*
- * A flow as one of its packets shows it. For ICMP echo, both ports are the identifier, so that a request and its reply
- * are each other's reverse.
+ * A flow as one of its packets shows it. For ICMP echo, the port of the side that asks is the identifier and the other
+ * one is 0, so that a request and its reply are each other's reverse, and no reply can be taken for a request.
  */
 struct tuple {
     struct addr source;
@@ -41,8 +41,9 @@ struct flow {
     struct addr address; /* the node's */
     __be16 port;
     __u8 state; /* FLOW_* */
-    __u8 reserved[5];
-    __u64 seen; /* of the last packet in either direction: bpf_ktime_get_coarse_ns */
+    __u8 reserved;
+    __u32 checked; /* when the other half was last known to be there, in units of 2^30 ns */
+    __u64 seen;    /* of the last packet in either direction: bpf_ktime_get_coarse_ns */
 };
 
 /* The other half, under the tuple of the answers: who is meant. Its creation is what allocates the port. */
@@ -52,13 +53,30 @@ struct owner {
     __u8 reserved[2];
 };
 
+/* A datagram that comes in fragments (RFC 791; IPv6: RFC 8200 section 4.5), and the ports that only the first has. */
+struct fragment {
+    struct addr source;
+    struct addr destination;
+    __be32 identification;
+    __u8 protocol;
+    __u8 reserved[3];
+};
+
+struct ports {
+    __be16 source;
+    __be16 destination;
+};
+
 /* A device that leads out, and whom its packets pass for where the kernel cannot say (before Linux 6.7). */
 struct uplink {
     struct addr ipv4;
     struct addr ipv6;
 };
 
-/* What the agent's configuration sets. Time-outs are in seconds. */
+/*
+ * What the agent's configuration sets. Time-outs are in seconds. Until it is written (last_port is 0), all that is not
+ * for a local pod goes through the host stack.
+ */
 struct settings {
     __u32 first_port;
     __u32 last_port;
@@ -100,6 +118,7 @@ struct outcomes {
     struct counter masq_out; /* to_uplink: now the node's */
 
     struct counter punt_arp;
+    struct counter punt_fragment; /* from_uplink: a later one, and its first was for no pod */
     struct counter punt_host;
     struct counter punt_link_local;
     struct counter punt_malformed;
@@ -114,6 +133,7 @@ struct outcomes {
 
     struct counter drop_mapped_address;
     struct counter drop_masq_exhausted;
+    struct counter drop_masq_fragment;
     struct counter drop_masq_full;
     struct counter drop_masq_no_address;
     struct counter drop_masq_unsupported;
@@ -136,7 +156,7 @@ BPF_TABLE("hash", __u32, struct uplink, uplinks, 1);
 /* The node's own addresses; the values are unused. Written by the agent. */
 BPF_TABLE("hash", struct addr, __u8, node_addresses, 1);
 
-/* Destinations with a lane of their own: PREFIX_*. Written by the agent. */
+/* Destinations with lanes of their own: any of PREFIX_*, with those of shorter prefixes. Written by the agent. */
 #define PREFIX_NATIVE 1 /* never masqueraded: the cluster, nonMasqueradeCIDRs, link-local */
 #define PREFIX_STACK  2 /* for the host stack: service addresses */
 BPF_F_TABLE("lpm_trie", struct prefix, __u8, prefixes, 1, BPF_F_NO_PREALLOC);
@@ -148,7 +168,13 @@ BPF_TABLE("array", __u32, struct settings, settings, 1);
 BPF_TABLE("hash", struct tuple, struct flow, flows, 1);
 BPF_TABLE("hash", struct tuple, struct owner, owners, 1);
 
-/* Flows that outsiders opened to a pod's own address, by the tuple of the pod's answers: those are not masqueraded. */
+/* Ports for later fragments: of pods' datagrams, and of answers to pods before they are given back. */
+BPF_TABLE("lru_hash", struct fragment, struct ports, fragments, 1);
+
+/*
+ * Flows that outsiders opened to a pod's own address, by the tuple of the pod's answers: those are not masqueraded. The
+ * value is when one was last seen: bpf_ktime_get_coarse_ns.
+ */
 BPF_TABLE("lru_hash", struct tuple, __u64, inbound, 1);
 
 /*

@@ -6,7 +6,10 @@
 #pragma once
 
 #include "counters.h"
+#include "fragments.h"
+#include "icmp_error.h"
 #include "maps.h"
+#include "ports.h"
 #include "rewrite.h"
 #include "transport.h"
 
@@ -15,24 +18,14 @@
 #define FLOW_FIN_IN  0x04
 #define FLOW_RESET   0x08
 
-/* Random probes for a port. Never the next one up: runs of used ports would grow, and probes die in them. */
-#define PORT_PROBES 32
-
-/* A flow that was quiet for so long has its other half checked; busy ones need not pay for that. */
-#define RECHECK_NS 1000000000ull
-
 /* BPF_FIB_LOOKUP_*: bcc's own copy of bpf.h ends before Linux 6.7. */
 #define FIB_LOOKUP_OUTPUT (1u << 1)
 #define FIB_LOOKUP_SRC    (1u << 4)
 
-static struct tuple answers(const struct tuple *tuple, const struct addr *address, __be16 port)
+/* The time in units of 2^30 ns, about a second: as often a busy flow's other half is checked. */
+static __u32 this_tick(void)
 {
-    struct tuple answer = reversed(tuple);
-    answer.destination = *address;
-    answer.destination_port = port;
-    if (tuple->protocol == IPPROTO_ICMP || tuple->protocol == IPPROTO_ICMP6)
-        answer.source_port = port; /* an echo has one identifier */
-    return answer;
+    return bpf_ktime_get_coarse_ns() >> 30;
 }
 
 /* Follows TCP's opening and closing. A new SYN opens a closed flow again, under the same port. */
@@ -51,101 +44,6 @@ static void follow(struct flow *flow, struct transport *transport, bool outgoing
     if (state != flow->state)
         flow->state = state;
     flow->seen = bpf_ktime_get_coarse_ns();
-}
-
-/* A port that a socket of the host has for this very tuple, or listens on, is not ours to use (bpf_sk_lookup). */
-static bool is_host_port(struct __sk_buff *skb, const struct tuple *answer)
-{
-    struct bpf_sock_tuple tuple = {};
-    bool is_ipv6 = !is_v4_mapped(&answer->source);
-    __u32 size = is_ipv6 ? sizeof(tuple.ipv6) : sizeof(tuple.ipv4);
-    struct bpf_sock *socket;
-
-    if (is_ipv6) {
-        __builtin_memcpy(tuple.ipv6.saddr, &answer->source, sizeof(answer->source));
-        __builtin_memcpy(tuple.ipv6.daddr, &answer->destination, sizeof(answer->destination));
-        tuple.ipv6.sport = answer->source_port;
-        tuple.ipv6.dport = answer->destination_port;
-    } else {
-        tuple.ipv4.saddr = answer->source.word[3];
-        tuple.ipv4.daddr = answer->destination.word[3];
-        tuple.ipv4.sport = answer->source_port;
-        tuple.ipv4.dport = answer->destination_port;
-    }
-    if (answer->protocol == IPPROTO_TCP)
-        socket = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-    else if (answer->protocol == IPPROTO_UDP)
-        socket = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-    else
-        return false;
-    if (!socket)
-        return false;
-    bpf_sk_release(socket);
-    return true;
-}
-
-static bool same_address(const struct addr *a, const struct addr *b)
-{
-    return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] && a->word[3] == b->word[3];
-}
-
-/* Takes the port for the flow, unless somebody has it: then -EEXIST, or another error if the map is full. */
-static int take_port(struct __sk_buff *skb, const struct tuple *tuple, struct flow *flow, __be16 port)
-{
-    struct tuple answer = answers(tuple, &flow->address, port);
-    struct owner owner = {.address = tuple->source, .port = tuple->source_port};
-    struct owner *taken = owners.lookup(&answer);
-
-    if (taken) {
-        /* Our own, if the other half was lost. */
-        if (taken->port == owner.port && same_address(&taken->address, &owner.address)) {
-            flow->port = port;
-            return 0;
-        }
-        return -EEXIST;
-    }
-    if (is_host_port(skb, &answer))
-        return -EEXIST;
-    flow->port = port;
-    return owners.insert(&answer, &owner);
-}
-
-/* Finds a free port, the pod's own for choice; 0, -EEXIST if none was found, or another error if the map is full. */
-static int allocate_port(struct __sk_buff *skb, const struct tuple *tuple, struct flow *flow, struct settings *limits)
-{
-    __u32 wanted = bpf_ntohs(tuple->source_port), range = limits->last_port - limits->first_port + 1;
-    int failed = -EEXIST;
-
-    if (wanted >= limits->first_port && wanted <= limits->last_port)
-        failed = take_port(skb, tuple, flow, tuple->source_port);
-    for (int probe = 0; probe < PORT_PROBES && failed == -EEXIST; probe++) {
-        /* Multiply and shift: uniform over the range without a division. */
-        __u32 port = limits->first_port + (__u32)(((__u64)bpf_get_prandom_u32() * range) >> 32);
-        failed = take_port(skb, tuple, flow, bpf_htons(port));
-    }
-    return failed;
-}
-
-/* Makes both halves of a flow for a packet of the pod's. Returns 0, or the drop outcome. */
-static __u64 open_flow(struct __sk_buff *skb, const struct tuple *tuple, struct flow *flow)
-{
-    __u32 zero = 0;
-    struct settings *limits = settings.lookup(&zero);
-
-    if (!limits)
-        return OUTCOME(drop_masq_full);
-    int failed = allocate_port(skb, tuple, flow, limits);
-    if (failed)
-        return failed == -EEXIST ? OUTCOME(drop_masq_exhausted) : OUTCOME(drop_masq_full);
-    struct tuple key = *tuple;
-    failed = flows.insert(&key, flow);
-    if (!failed)
-        return 0;
-
-    /* Another CPU was faster with the same flow, or the map is full: give the port back. */
-    struct tuple answer = answers(tuple, &flow->address, flow->port);
-    owners.delete(&answer);
-    return failed == -EEXIST ? 0 : OUTCOME(drop_masq_full);
 }
 
 /* Whom a packet passes for: the address that the node itself would use on this device for this destination. */
@@ -171,68 +69,139 @@ static bool choose_address(struct __sk_buff *skb, const struct packet *packet, s
     return address->word[3] != 0;
 }
 
-/* Puts the answers' half of a flow back if it was lost. */
-static void mend_owner(const struct tuple *tuple, const struct flow *flow)
+/* Makes both halves of a flow for a packet of the pod's. Returns 0, or the drop outcome. */
+static __u64 open_flow(struct __sk_buff *skb, const struct packet *packet, const struct tuple *tuple)
 {
-    struct tuple answer = answers(tuple, &flow->address, flow->port);
-    struct owner owner = {.address = tuple->source, .port = tuple->source_port};
+    __u32 zero = 0;
+    struct settings *limits = settings.lookup(&zero);
+    struct flow flow = {.checked = this_tick()};
+    struct tuple key = *tuple;
 
-    owners.insert(&answer, &owner);
+    if (!limits || !choose_address(skb, packet, &flow.address))
+        return OUTCOME(drop_masq_no_address);
+    int failed = allocate_port(skb, tuple, &flow, limits);
+    if (failed)
+        return failed == -EEXIST ? OUTCOME(drop_masq_exhausted) : OUTCOME(drop_masq_full);
+    failed = flows.insert(&key, &flow);
+    if (!failed)
+        return 0;
+
+    /* Another CPU was faster with the same flow, or the map is full: give the port back, unless it is that CPU's. */
+    struct flow *other = flows.lookup(&key);
+    if (!other || other->port != flow.port)
+        release_port(tuple, &flow);
+    return failed == -EEXIST ? 0 : OUTCOME(drop_masq_full);
+}
+
+/* Has the flow still its port, and the node its address? Puts the answers' half back if it was lost. */
+static bool still_holds(struct __sk_buff *skb, const struct packet *packet, const struct tuple *tuple,
+                        const struct flow *flow)
+{
+    struct flow copy = *flow;
+    struct addr address;
+
+    if (!node_addresses.lookup(&copy.address) && choose_address(skb, packet, &address) &&
+        !same_address(&address, &copy.address))
+        return false;
+    return take_port(skb, tuple, &copy, copy.port) == 0;
+}
+
+/* An echo reply, or what has no ports of its own, opens nothing. */
+static bool can_open(const struct transport *transport)
+{
+    return transport->port_offset[0] || transport->part == PART_LATER;
+}
+
+/* Sees to it that a pod's packet has a flow, with both halves. Returns 0, or the drop outcome. */
+static __u64 ensure_flow(struct __sk_buff *skb, const struct packet *packet, const struct transport *transport)
+{
+    struct tuple key = transport->tuple;
+    struct flow *flow = flows.lookup(&key);
+    __u32 tick = this_tick();
+
+    if (flow && flow->checked == tick)
+        return 0;
+    if (flow && still_holds(skb, packet, &key, flow)) {
+        flow->checked = tick;
+        return 0;
+    }
+    if (flow) {
+        struct flow lost = *flow;
+        flows.delete(&key);
+        release_port(&key, &lost);
+    }
+    return can_open(transport) ? open_flow(skb, packet, &key) : OUTCOME(drop_masq_unsupported);
+}
+
+/* Lets an error that a pod sends, about a packet of a masqueraded flow's, pass for the node's. It opens no flow. */
+static int masquerade_error(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
+{
+    struct flow *flow = flows.lookup(&transport->tuple);
+
+    if (!flow || !same_address(&transport->tuple.source, &packet->source))
+        return drop(skb, OUTCOME(drop_masq_unsupported));
+    struct addr address = flow->address;
+    if (rewrite_error(skb, packet, transport, SIDE_SOURCE, &address, flow->port))
+        return drop(skb, OUTCOME(drop_masq_unsupported));
+    return punt(skb, OUTCOME(masq_out));
 }
 
 /* Lets a packet of a pod's pass for the node's. */
 static int masquerade(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
 {
-    struct flow new = {};
+    if (transport->quoted)
+        return masquerade_error(skb, packet, transport);
+    __u64 refused = ensure_flow(skb, packet, transport);
+    if (refused)
+        return drop(skb, refused);
     struct flow *flow = flows.lookup(&transport->tuple);
-
-    if (!flow) {
-        if (!choose_address(skb, packet, &new.address))
-            return drop(skb, OUTCOME(drop_masq_no_address));
-        __u64 refused = open_flow(skb, &transport->tuple, &new);
-        if (refused)
-            return drop(skb, refused);
-        flow = flows.lookup(&transport->tuple);
-        if (!flow) /* somebody deletes by hand */
-            return drop(skb, OUTCOME(drop_masq_full));
-    } else if (bpf_ktime_get_coarse_ns() - flow->seen > RECHECK_NS) {
-        mend_owner(&transport->tuple, flow);
-    }
+    if (!flow) /* somebody deletes by hand */
+        return drop(skb, OUTCOME(drop_masq_full));
     follow(flow, transport, true);
     struct addr address = flow->address;
-    __be16 port = flow->port;
-    if (rewrite_source(skb, packet, transport, &address, port))
+    if (rewrite_source(skb, packet, transport, &address, flow->port))
         return drop(skb, OUTCOME(drop_masq_unsupported));
-    count(skb, OUTCOME(masq_out));
-    return TC_ACT_UNSPEC;
+    return punt(skb, OUTCOME(masq_out));
 }
 
-/* Gives an answer back to its pod: true if it was one, and now is addressed to the pod. */
-static bool unmasquerade(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
+/* Notes that an answer came to the flow of that key; puts the pod's half back if it was lost. */
+static void follow_answer(const struct packet *packet, struct transport *transport, struct tuple *key)
 {
-    struct flow lost = {};
-    struct owner *owner = owners.lookup(&transport->tuple);
+    struct flow *flow = flows.lookup(key);
 
-    if (!owner)
-        return false;
-    struct addr pod = owner->address;
-    __be16 port = owner->port;
-    struct tuple key = reversed(&transport->tuple);
-    key.source = pod;
-    key.source_port = port;
-    if (packet->protocol == IPPROTO_ICMP || packet->protocol == IPPROTO_ICMP6)
-        key.destination_port = port;
-    struct flow *flow = flows.lookup(&key);
-    if (!flow) { /* the other half was lost: put it back */
-        lost.address = packet->destination;
-        lost.port = transport->tuple.destination_port;
-        flows.insert(&key, &lost);
-        flow = flows.lookup(&key);
+    if (!flow) {
+        struct flow lost = {
+            .address = packet->destination, .port = transport->tuple.destination_port, .checked = this_tick()};
+        flows.insert(key, &lost);
+        flow = flows.lookup(key);
     }
     if (flow)
         follow(flow, transport, false);
-    if (rewrite_destination(skb, packet, transport, &pod, port))
+}
+
+/* Gives an answer back to its pod, or an error about its packets: true if it now is addressed to the pod. */
+static bool unmasquerade(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
+{
+    struct owner *owner = owners.lookup(&transport->tuple);
+
+    if (!owner || same_address(&owner->address, &packet->destination)) { /* nobody's, or the node's own */
+        forget_ports(transport);
         return false;
+    }
+    struct addr pod = owner->address;
+    __be16 port = owner->port;
+    if (transport->quoted) {
+        if (rewrite_error(skb, packet, transport, SIDE_DESTINATION, &pod, port))
+            return false;
+    } else {
+        struct tuple key = reversed(&transport->tuple);
+        key.source = pod;
+        key.source_port = port;
+        follow_answer(packet, transport, &key);
+        remember_ports(transport);
+        if (rewrite_destination(skb, packet, transport, &pod, port))
+            return false;
+    }
     packet->destination = transport->tuple.destination = pod;
     transport->tuple.destination_port = port;
     return true;
@@ -244,29 +213,5 @@ static bool is_native(const struct packet *packet)
     struct prefix prefix = {.length = 128, .address = packet->destination};
     __u8 *kind = prefixes.lookup(&prefix);
 
-    return (kind && *kind == PREFIX_NATIVE) || is_multicast(packet) || node_addresses.lookup(&prefix.address);
-}
-
-static bool opens_connection(const struct transport *transport)
-{
-    return (transport->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-}
-
-/* Notes that an outsider opened this flow, so that the pod's answers keep the pod's address. */
-static void note_inbound(struct transport *transport)
-{
-    struct tuple answer = reversed(&transport->tuple);
-    __u64 now = bpf_ktime_get_coarse_ns();
-
-    if (!inbound.lookup(&answer) && !flows.lookup(&answer))
-        inbound.update(&answer, &now);
-}
-
-/*
- * Does this packet of a pod's answer a flow that an outsider opened? Only if the pod has not opened it itself: a stale
- * or forged note must never let a masqueraded flow out under the pod's own address.
- */
-static bool is_reply(struct transport *transport)
-{
-    return inbound.lookup(&transport->tuple) && !opens_connection(transport) && !flows.lookup(&transport->tuple);
+    return (kind && *kind & PREFIX_NATIVE) || is_multicast(packet) || node_addresses.lookup(&prefix.address);
 }

@@ -2,6 +2,7 @@
 /* Flows that belong to the host stack. A reply follows its request: see `stack_flows` in maps.h. */
 #pragma once
 
+#include "identify.h"
 #include "maps.h"
 #include "transport.h"
 
@@ -11,9 +12,11 @@
  */
 #define FAST_MARK 0x706c0000
 
-/* Notes that the answers to this packet belong to the stack. */
+/* Notes that the answers to this packet belong to the stack; errors have none. */
 static void keep_in_stack(struct transport *transport, struct endpoint *pod)
 {
+    if (transport->quoted)
+        return;
     struct tuple answer = reversed(&transport->tuple);
     __u64 now = bpf_ktime_get_coarse_ns();
 
@@ -23,10 +26,10 @@ static void keep_in_stack(struct transport *transport, struct endpoint *pod)
         pod->via_stack = 1;
 }
 
-/* Does this packet belong to the stack? */
+/* Does this packet belong to the stack? All fragments of a datagram must take one way, so all of a pod's do. */
 static bool is_stack_flow(struct __sk_buff *skb, const struct packet *packet)
 {
     struct transport transport = {};
 
-    return parse_transport(skb, packet, &transport) && stack_flows.lookup(&transport.tuple);
+    return packet->is_fragment || (identify(skb, packet, &transport) && stack_flows.lookup(&transport.tuple));
 }

@@ -1,17 +1,27 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Ports and flags of what can be masqueraded: TCP, UDP, and ICMP echo, whose identifier plays the port. */
+/* Ports, checksum and flags of what can be masqueraded: TCP, UDP, and ICMP echo, whose identifier plays the port. */
 #pragma once
 
 #include "maps.h"
 #include "parse.h"
 
+enum part {
+    PART_WHOLE,
+    PART_FIRST, /* fragment, with the ports */
+    PART_LATER, /* fragment, without them */
+};
+
+/* Which flow a packet belongs to, and what of it has to change with the flow's addresses. Offsets are of the frame. */
 struct transport {
     struct tuple tuple;
-    __u32 port_offset[2];    /* of the source and of the destination port, from the start of the frame */
-    __u32 checksum_offset;   /* 0 where there is none */
-    __u32 checksum_flags;    /* for bpf_l4_csum_replace, beside the size */
-    __u8 covers_addresses;   /* the checksum includes the pseudo header */
-    __u8 tcp_flags;          /* of the TCP header, else 0 */
+    __u32 port_offset[2];  /* of the source and of the destination port; 0: it is not there */
+    __u32 checksum_offset; /* 0: it is not there */
+    __u32 checksum_flags;  /* for bpf_l4_csum_replace, beside the size */
+    __u32 quoted;          /* of an ICMP error: where the packet begins that it quotes. Offsets and tuple are of that */
+    __be32 identification; /* of a fragment */
+    __u8 part;             /* PART_* */
+    __u8 covers_addresses; /* the checksum includes the pseudo header */
+    __u8 tcp_flags;        /* of the TCP header, else 0 */
 };
 
 #define TCP_FIN 0x01
@@ -26,84 +36,75 @@ struct transport {
 
 #define IPPROTO_ICMP6 58
 
-static __u32 transport_offset(const struct packet *packet)
-{
-    return ETH_HLEN + (packet->is_ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
-}
+/* How much of a transport header every ICMP error quotes (RFC 792), and an echo message has at least. */
+#define TRANSPORT_START 8
 
-static bool parse_tcp(struct __sk_buff *skb, struct transport *transport, __u32 offset)
+static void take_ports(struct transport *transport, __u32 offset, const __be16 *start)
 {
-    struct tcphdr header;
-
-    if (bpf_skb_load_bytes(skb, offset, &header, sizeof(header)) < 0)
-        return false;
-    transport->tuple.source_port = header.source;
-    transport->tuple.destination_port = header.dest;
-    transport->port_offset[0] = offset + __builtin_offsetof(struct tcphdr, source);
-    transport->port_offset[1] = offset + __builtin_offsetof(struct tcphdr, dest);
-    transport->checksum_offset = offset + __builtin_offsetof(struct tcphdr, check);
+    transport->tuple.source_port = start[0];
+    transport->tuple.destination_port = start[1];
+    transport->port_offset[0] = offset;
+    transport->port_offset[1] = offset + sizeof(__be16);
     transport->covers_addresses = 1;
-    transport->tcp_flags = ((__u8 *)&header)[13];
-    return true;
 }
 
-static bool parse_udp(struct __sk_buff *skb, struct transport *transport, __u32 offset)
+static bool parse_tcp(struct __sk_buff *skb, const struct packet *packet, struct transport *transport, __u32 offset,
+                      const __be16 *start)
 {
-    struct udphdr header;
+    take_ports(transport, offset, start);
+    if (offset + sizeof(struct tcphdr) > packet->size)
+        return true;
+    transport->checksum_offset = offset + __builtin_offsetof(struct tcphdr, check);
+    return bpf_skb_load_bytes(skb, offset + 13, &transport->tcp_flags, sizeof(transport->tcp_flags)) == 0;
+}
 
-    if (bpf_skb_load_bytes(skb, offset, &header, sizeof(header)) < 0)
-        return false;
-    transport->tuple.source_port = header.source;
-    transport->tuple.destination_port = header.dest;
-    transport->port_offset[0] = offset + __builtin_offsetof(struct udphdr, source);
-    transport->port_offset[1] = offset + __builtin_offsetof(struct udphdr, dest);
+static bool parse_udp(struct transport *transport, __u32 offset, const __be16 *start)
+{
+    take_ports(transport, offset, start);
     transport->checksum_offset = offset + __builtin_offsetof(struct udphdr, check);
     transport->checksum_flags = BPF_F_MARK_MANGLED_0; /* none (0) stays none, and none comes to be */
-    transport->covers_addresses = 1;
     return true;
 }
 
-static bool parse_echo(struct __sk_buff *skb, struct transport *transport, __u32 offset, bool is_ipv6)
+/* A request comes from the port that is its identifier, and a reply goes there. */
+static bool parse_echo(const struct packet *packet, struct transport *transport, __u32 offset, const __be16 *start)
 {
-    struct {
-        __u8 type;
-        __u8 code;
-        __be16 checksum;
-        __be16 identifier;
-    } header;
+    __u8 type = *(const __u8 *)start;
+    bool is_reply = type == (packet->is_ipv6 ? ICMPV6_ECHO_REPLY : ICMPV4_ECHO_REPLY);
 
-    if (bpf_skb_load_bytes(skb, offset, &header, sizeof(header)) < 0)
+    if (!is_reply && type != (packet->is_ipv6 ? ICMPV6_ECHO_REQUEST : ICMPV4_ECHO_REQUEST))
         return false;
-    if (header.type != (is_ipv6 ? ICMPV6_ECHO_REQUEST : ICMPV4_ECHO_REQUEST) &&
-        header.type != (is_ipv6 ? ICMPV6_ECHO_REPLY : ICMPV4_ECHO_REPLY))
-        return false;
-    transport->tuple.source_port = header.identifier;
-    transport->tuple.destination_port = header.identifier;
-    transport->port_offset[0] = transport->port_offset[1] = offset + 4;
+    if (is_reply) {
+        transport->tuple.destination_port = start[2];
+        transport->port_offset[1] = offset + 4;
+    } else {
+        transport->tuple.source_port = start[2];
+        transport->port_offset[0] = offset + 4;
+    }
     transport->checksum_offset = offset + 2;
-    transport->covers_addresses = is_ipv6; /* RFC 4443 section 2.3, unlike RFC 792 */
+    transport->covers_addresses = packet->is_ipv6; /* RFC 4443 section 2.3, unlike RFC 792 */
     return true;
 }
 
-/* Fills in the transport part; false if the packet's kind cannot be told apart by ports. */
-static bool parse_transport(struct __sk_buff *skb, const struct packet *packet, struct transport *transport)
+/*
+ * Reads a transport header, of the tuple's protocol, at `offset`. Of TCP, what is beyond the first eight bytes may be
+ * missing, and with it the checksum. False if ports cannot be had.
+ */
+static bool parse_ports(struct __sk_buff *skb, const struct packet *packet, struct transport *transport, __u32 offset)
 {
-    __u32 offset = transport_offset(packet);
+    __be16 start[TRANSPORT_START / sizeof(__be16)];
 
-    transport->tuple.source = packet->source;
-    transport->tuple.destination = packet->destination;
-    transport->tuple.protocol = packet->protocol;
-    if (packet->is_fragment || packet->has_options)
+    if (offset + sizeof(start) > packet->size || bpf_skb_load_bytes(skb, offset, start, sizeof(start)) < 0)
         return false;
-    switch (packet->protocol) {
+    switch (transport->tuple.protocol) {
     case IPPROTO_TCP:
-        return parse_tcp(skb, transport, offset);
+        return parse_tcp(skb, packet, transport, offset, start);
     case IPPROTO_UDP:
-        return parse_udp(skb, transport, offset);
+        return parse_udp(transport, offset, start);
     case IPPROTO_ICMP:
-        return !packet->is_ipv6 && parse_echo(skb, transport, offset, false);
+        return !packet->is_ipv6 && parse_echo(packet, transport, offset, start);
     case IPPROTO_ICMP6:
-        return packet->is_ipv6 && parse_echo(skb, transport, offset, true);
+        return packet->is_ipv6 && parse_echo(packet, transport, offset, start);
     default:
         return false;
     }
