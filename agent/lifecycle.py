@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from agent import netlink
-from agent.config import Config, Paths
-from agent.datapath import cache, loader, tables
+from agent import masquerade, netlink
+from agent.collector import Collector
+from agent.config import Config, ConfigError, Paths
+from agent.datapath import cache, entries, loader, tables
 from agent.datapath.source import CompileError
 from agent.install import InstallError, install_conflist, install_launcher
 from agent.loop import Loop, Tables
@@ -23,6 +25,7 @@ from agent.server import Server, observed
 from agent.spool import Spool
 from agent.state import Attached, Hook, KernelError, Table
 from agent.store import Phase, Store, StoreError
+from agent.surroundings import Surroundings
 from agent.wiring import Wiring
 from cni.commands import handle
 
@@ -44,7 +47,7 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
         try:
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             node, spool = _start(config, metrics, readiness, cleanup)
-        except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
+        except (ConfigError, KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             raise StartError(str(error)) from error
         while not stop.is_set():
             spool.drain()
@@ -70,21 +73,18 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
     boot_id = _BOOT_ID.read_text().strip()
     store = Store(config.paths.state / "ipam.db", [each.range() for each in config.ranges], boot_id)
     cleanup.callback(store.close)
-    wiring = Wiring()
+    wiring, surroundings = Wiring(), Surroundings(config)
     hooks, other_hooks = _hooks(config, datapath)
     loop = Loop(
         store=store,
-        tables=Tables(
-            endpoints=tables.EndpointTable(datapath.maps["endpoints"]),
-            hooks=hooks,
-            neighbours=netlink.NeighbourTable(),
-            routes=netlink.RouteTable(),
-        ),
+        tables=_tables(datapath, hooks),
         devices=wiring,
         repaired=metrics.repaired,
         resync_seconds=config.resync_seconds,
+        outside=surroundings.outside,
     )
     node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    _reserve_ports(config)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
     with _timed("attach", metrics):
         loop.start()
@@ -92,6 +92,7 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
         loop.sync(_FIRST_PASS_SECONDS)
         _detach_replaced(hooks, other_hooks)
     datapath.prune()
+    _collect_flows(config, datapath, surroundings, metrics, cleanup)
     cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
     _release_leftovers(store, node, boot_id)
     return node, _serve_launchers(config.paths, node, metrics, cleanup)
@@ -101,7 +102,44 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
     with _timed("compile", metrics):
         program = cache.compiled(config.paths.bpf_source, config.paths.state / "cache", defines={})
     with _timed("load", metrics):
-        return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD})
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        sizes = masquerade.map_sizes(config.masquerade, memory)
+        return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD, **sizes})
+
+
+def _tables(datapath: loader.Datapath, hooks: Table[Hook, Attached]) -> Tables:
+    maps, constants = datapath.maps, datapath.constants
+    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    return Tables(
+        endpoints=entries.EndpointTable(maps["endpoints"]),
+        settings=entries.SettingsTable(maps["settings"]),
+        prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
+        node_addresses=entries.AddressTable(maps["node_addresses"]),
+        hooks=hooks,
+        uplinks=entries.UplinkTable(maps["uplinks"]),
+        neighbours=netlink.NeighbourTable(),
+        routes=netlink.RouteTable(),
+    )
+
+
+def _reserve_ports(config: Config) -> None:
+    first, last = config.masquerade.first_port, config.masquerade.last_port
+    if config.masquerade.enabled and netlink.reserve_ports(first, last):
+        log.info("reserved for masquerading, in net.ipv4.ip_local_reserved_ports, ports=%d-%d", first, last)
+
+
+def _collect_flows(
+    config: Config, datapath: loader.Datapath, surroundings: Surroundings, metrics: Metrics, cleanup: ExitStack
+) -> None:
+    collector = Collector(
+        flows=datapath.maps["flows"],
+        owners=datapath.maps["owners"],
+        settings=masquerade.settings(config.masquerade),
+        constants=datapath.constants,
+    )
+    metrics.watch_masquerade(collector, lambda: surroundings.known.uplinks)
+    collector.start()
+    cleanup.callback(collector.stop)
 
 
 def _hooks(config: Config, datapath: loader.Datapath) -> tuple[Table[Hook, Attached], Table[Hook, Attached]]:

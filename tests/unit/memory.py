@@ -17,7 +17,19 @@ from typing import Any, Generic, TypeVar
 from agent.loop import Loop, Tables
 from agent.plan import plan
 from agent.ranges import Range
-from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, State
+from agent.state import (
+    Address,
+    Attached,
+    Endpoint,
+    Hook,
+    KernelError,
+    Lanes,
+    Neighbour,
+    Network,
+    Settings,
+    Sources,
+    State,
+)
 from agent.store import Netns, Phase, Pod, Store
 from cni.call import Attachment
 
@@ -117,7 +129,11 @@ class World:
         self.journal: list[tuple[str, str]] = []
         self.tables = Tables(
             endpoints=MemoryTable[Address, Endpoint]("endpoints", self.journal),
+            settings=MemoryTable[int, Settings]("settings", self.journal),
+            prefixes=MemoryTable[Network, Lanes]("prefixes", self.journal),
+            node_addresses=MemoryTable[Address, int]("node_addresses", self.journal),
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
+            uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             routes=MemoryTable[Address, int]("routes", self.journal),
         )
