@@ -18,7 +18,7 @@ setup: ## Install what everything here needs (Debian packages, Python environmen
 build: $(LAUNCHER) ## Build the launcher, the one executable that is not Python
 
 # Static, since the hosts of a CNI plugin have no particular C library; musl keeps it small and fast to start.
-$(LAUNCHER): cni/launcher.c
+$(LAUNCHER): cni/launcher.c $(wildcard cni/*.h)
 	@mkdir -p $(@D)
 	musl-gcc -std=c11 -static -Os -s -Wall -Wextra -Werror -o $@ $<
 
@@ -54,7 +54,7 @@ lint: setup ## Check style, types, layering and C formatting
 	build/venv/bin/ruff format --check .
 	build/venv/bin/mypy
 	build/venv/bin/lint-imports
-	clang-format --dry-run --Werror bpf/*.c bpf/*.h cni/*.c
+	clang-format --dry-run --Werror bpf/*.[ch] cni/*.[ch]
 
 .PHONY: bench
 bench: setup build ## Measure against the reference plugins, interleaved; prints ratios

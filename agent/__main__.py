@@ -30,7 +30,7 @@ def main() -> None:
     set_up(config.log_level)
     stop = threading.Event()
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
     signal.signal(signal.SIGTERM, on_signal)
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         run(config, _version(), stop)
     except StartError as error:
-        log.error("cannot start error=%r", str(error))  # noqa: TRY400  # the message is for people
+        log.error("cannot start error=%r", str(error))
         sys.exit(1)
     logging.shutdown()
     # Threads that still serve a launcher are cut off here, as by a crash, which the store is made for.

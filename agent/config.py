@@ -22,6 +22,7 @@ from agent.ranges import Range
 from agent.state import Network
 from cni.call import explain
 
+IPV6_MIN_MTU = 1280  # bytes
 _V4_MAPPED = IPv6Network("::ffff:0:0/96")
 
 
@@ -46,6 +47,12 @@ def parse_prefix(value: object) -> Network:
     if isinstance(network, IPv6Network) and network.subnet_of(_V4_MAPPED):
         raise ValueError(f"{network} means IPv4 addresses (RFC 4291 section 2.5.5.2): give an IPv4 prefix")
     return network
+
+
+def _check_mtu(mtu: int) -> int:
+    if 0 < mtu < IPV6_MIN_MTU:
+        raise ValueError(f"allowed are 0 and {IPV6_MIN_MTU} to 65535: IPv6 needs that much (RFC 8200 section 5)")
+    return mtu
 
 
 def _check_port(address: str) -> str:
@@ -175,7 +182,7 @@ class Config(_Model):
     )
     """Each pod gets one address of every family that has a range; ranges of one family follow one another. Default:
     one node's share of what most clusters use."""
-    mtu: Annotated[int, Field(strict=True, ge=0, le=65535)] = 0
+    mtu: Annotated[int, Field(strict=True, ge=0, le=65535), AfterValidator(_check_mtu)] = 0
     """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting."""
     hooks: Literal["auto", "tcx", "clsact"] = "auto"
     """How programs are attached. Default: tcx where the kernel has it (6.6), since its links are pinned and swapped

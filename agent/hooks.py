@@ -1,9 +1,9 @@
 """Attaching in two stages: at once by the quick way, and in a quiet moment by the one that lasts.
 
 A tcx link is the better home for a program: its pin makes it podlane's own, it is swapped in place, and it costs a
-packet some 0.4 µs less than a clsact filter. But the kernel waits for an RCU grace period when it makes one (kernel 6.18,
-net/sched and include/net/tcx.h, tcx_entry_sync), 10 ms and more with the rtnl lock held, which would be most of an ADD.
-A clsact filter is in force within a millisecond. So ADD uses the filter, and the loop moves it when nobody waits.
+packet some 0.4 µs less than a clsact filter. But to make one the kernel waits for an RCU grace period (Linux 6.18,
+include/net/tcx.h, tcx_entry_sync), 10 ms and more with the rtnl lock held, which would be most of an ADD. A clsact
+filter is in force within a millisecond. So ADD uses the filter, and the loop moves it when nobody waits.
 """
 
 from __future__ import annotations

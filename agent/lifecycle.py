@@ -1,4 +1,4 @@
-"""The agent from start to stop: every long-lived object is built here, in the order in which each may rely on the last."""
+"""The agent from start to stop: every long-lived object is built here, each after those that it relies on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from agent.collector import Collector
 from agent.config import Config, ConfigError, Paths
 from agent.datapath import cache, entries, loader, tables
 from agent.datapath.source import CompileError
+from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
 from agent.loop import Loop, Tables
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
-from agent.selftest import SelfTestFailed, self_test
+from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
 from agent.spool import Spool
-from agent.state import Attached, Hook, KernelError, Table
+from agent.state import KernelError
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
 from agent.wiring import Wiring
 from cni.commands import handle
+from cni.errors import CniError
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +45,19 @@ class StartError(Exception):
 def run(config: Config, version: str, stop: threading.Event) -> None:
     """Run an agent until `stop` is set. Pods and what carries their packets stay as they are. Raises StartError."""
     metrics, readiness = Metrics(version), Readiness()
+    metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:
         try:
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
-            node, spool = _start(config, metrics, readiness, cleanup)
+            spool, scratch = _start(config, metrics, readiness, cleanup)
         except (ConfigError, KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             raise StartError(str(error)) from error
         while not stop.is_set():
             spool.drain()
-            if readiness.reason:
-                _become_ready(config, node, metrics, readiness)
+            if readiness.unproved:
+                _prove(scratch, metrics, readiness)
+            if not readiness.unproved:
+                _install(config, readiness)
             stop.wait(config.resync_seconds)
     log.info("stopped")
 
@@ -65,7 +70,7 @@ def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup
     cleanup.callback(server.shutdown)
 
 
-def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> tuple[Node, Spool]:
+def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> tuple[Spool, ScratchPod]:
     """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
     netlink.enable_forwarding()
     datapath = _load_datapath(config, metrics)
@@ -73,13 +78,16 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
     boot_id = _BOOT_ID.read_text().strip()
     store = Store(config.paths.state / "ipam.db", [each.range() for each in config.ranges], boot_id)
     cleanup.callback(store.close)
+    readiness.exhausted = store.exhausted
     wiring, surroundings = Wiring(), Surroundings(config)
-    hooks, other_hooks = _hooks(config, datapath)
+    hooks = _hooks(config, datapath)
     loop = Loop(
         store=store,
         tables=_tables(datapath, hooks),
         devices=wiring,
         repaired=metrics.repaired,
+        settle=hooks.settle,
+        subnets=[each.subnet for each in config.ranges],
         resync_seconds=config.resync_seconds,
         outside=surroundings.outside,
     )
@@ -90,12 +98,13 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
         loop.start()
         cleanup.callback(loop.stop)
         loop.sync(_FIRST_PASS_SECONDS)
-        _detach_replaced(hooks, other_hooks)
     datapath.prune()
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
     _release_leftovers(store, node, boot_id)
-    return node, _serve_launchers(config.paths, node, metrics, cleanup)
+    scratch = ScratchPod(wiring, loop)
+    _prove(scratch, metrics, readiness)
+    return _serve_launchers(config.paths, node, metrics, cleanup), scratch
 
 
 def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
@@ -107,7 +116,7 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
         return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD, **sizes})
 
 
-def _tables(datapath: loader.Datapath, hooks: Table[Hook, Attached]) -> Tables:
+def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     maps, constants = datapath.maps, datapath.constants
     lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
     return Tables(
@@ -119,6 +128,7 @@ def _tables(datapath: loader.Datapath, hooks: Table[Hook, Attached]) -> Tables:
         uplinks=entries.UplinkTable(maps["uplinks"]),
         neighbours=netlink.NeighbourTable(),
         routes=netlink.RouteTable(),
+        subnets=netlink.SubnetTable(),
     )
 
 
@@ -142,29 +152,27 @@ def _collect_flows(
     cleanup.callback(collector.stop)
 
 
-def _hooks(config: Config, datapath: loader.Datapath) -> tuple[Table[Hook, Attached], Table[Hook, Attached]]:
-    """Return the way to attach programs, and the other one, which an earlier agent may have used."""
-    tcx = tables.tcx_supported() if config.hooks == "auto" else config.hooks == "tcx"
-    log.info("attaching by hooks=%s", "tcx" if tcx else "clsact")
-    by_tcx = tables.TcxHooks(datapath, config.paths.bpffs)
-    by_clsact = netlink.ClsactHooks(datapath.programs, datapath.program_ids)
-    return (by_tcx, by_clsact) if tcx else (by_clsact, by_tcx)
-
-
-def _detach_replaced(hooks: Table[Hook, Attached], other: Table[Hook, Attached]) -> None:
-    """Detach what an earlier agent attached the other way, where it is in force this way or the device is gone."""
-    in_force = hooks.read().keys()
-    replaced = [hook for hook, attached in other.read().items() if hook in in_force or not attached.ifindex]
-    for error in other.delete(replaced).values():
-        log.error("cannot detach what an earlier agent attached error=%r", str(error))
+def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
+    """Return the way to attach programs. See `agent.hooks` for why new ones begin as filters."""
+    has_tcx = tables.tcx_supported() if config.hooks == "auto" else config.hooks == "tcx"
+    log.info("attaching by hooks=%s", "tcx" if has_tcx else "clsact")
+    tcx = tables.TcxHooks(datapath, config.paths.bpffs)
+    clsact = netlink.ClsactHooks(datapath.programs, datapath.program_ids)
+    if not has_tcx:
+        return StagedHooks(first=clsact, final=clsact, other=tcx)
+    return StagedHooks(first=tcx if config.hooks == "tcx" else clsact, final=tcx, other=clsact)
 
 
 def _release_leftovers(store: Store, node: Node, boot_id: str) -> None:
     """Undo what a crash cut short, and forget the pods of an earlier boot: their namespaces are gone."""
     for pod in store.pods():
-        if pod.phase is not Phase.ACTIVE or pod.boot_id != boot_id:
-            log.info("releasing leftover pod=%s phase=%s", pod.attachment, pod.phase)
+        if pod.phase is Phase.ACTIVE and pod.boot_id == boot_id:
+            continue
+        log.info("releasing leftover pod=%s phase=%s", pod.attachment, pod.phase)
+        try:
             node.release(pod.attachment)
+        except CniError as error:  # the other pods matter more; the next start, or a DEL, tries again
+            log.error("cannot release leftover pod=%s error=%r", pod.attachment, str(error))
 
 
 def _serve_launchers(paths: Paths, node: Node, metrics: Metrics, cleanup: ExitStack) -> Spool:
@@ -177,21 +185,33 @@ def _serve_launchers(paths: Paths, node: Node, metrics: Metrics, cleanup: ExitSt
     return spool
 
 
-def _become_ready(config: Config, node: Node, metrics: Metrics, readiness: Readiness) -> None:
-    """Prove the datapath, and tell the runtime last of all. What fails is tried again, and said once."""
+def _prove(scratch: ScratchPod, metrics: Metrics, readiness: Readiness) -> None:
+    """Send a packet through the datapath; what fails is tried again, and said once."""
     try:
         with _timed("selftest", metrics):
-            self_test(node)
+            scratch.test()
+    except SelfTestFailed as error:
+        if readiness.unproved != str(error):
+            log.error("the datapath does not work reason=%r", str(error))
+        readiness.unproved = str(error)
+        return
+    readiness.unproved = ""
+    log.info("the datapath works")
+
+
+def _install(config: Config, readiness: Readiness) -> None:
+    """Tell the runtime, last of all, and again should somebody undo it; what fails is tried again, and said once."""
+    try:
         install_launcher(config.paths.launcher, config.paths.cni_bin_dir)
         install_conflist(config.paths.cni_conf_dir, config.network)
-    except (SelfTestFailed, InstallError) as error:
-        if readiness.reason != str(error):
-            log.error("not ready reason=%r", str(error))  # expected trouble: no traceback
-        readiness.reason = str(error)
+    except InstallError as error:
+        if readiness.uninstalled != str(error):
+            log.error("the runtime cannot be told reason=%r", str(error))
+        readiness.uninstalled = str(error)
         return
-    readiness.reason = ""
-    metrics.set_ready(True)
-    log.info("ready socket=%s", config.paths.socket)
+    if readiness.uninstalled:
+        log.info("ready network=%s socket=%s", config.network, config.paths.socket)
+    readiness.uninstalled = ""
 
 
 @contextmanager

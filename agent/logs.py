@@ -1,4 +1,4 @@
-"""Logs as key=value lines on stderr: one line per change of state, greppable, and whole also when values have spaces."""
+"""Logs as key=value lines on stderr: one line per change of state."""
 
 from __future__ import annotations
 

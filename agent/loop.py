@@ -7,11 +7,13 @@ in the kernel; a full pass reads the kernel first, so that whatever was changed 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from agent.diff import diff
 from agent.plan import Outside, plan
@@ -34,6 +36,7 @@ from agent.store import Phase, Pod, Store
 log = logging.getLogger(__name__)
 
 _FULL_PASS_PAUSE = 0.2  # seconds; a burst of kernel events leads to one full pass, not to one each
+_QUIET = 1.0  # seconds without a request, after which there is time for what can wait
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Tables:
     uplinks: Table[int, Sources]
     neighbours: Table[Neighbour, str]
     routes: Table[Address, int]
+    subnets: Table[Network, Literal["unreachable"]]
 
 
 class Devices(Protocol):
@@ -76,7 +80,11 @@ _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
 
 class Loop:
-    """Brings the kernel to the plan, in a thread of its own; tells `repaired(kind, count)` what had to be put back."""
+    """Brings the kernel to the plan, in a thread of its own.
+
+    It tells `repaired(kind, count)` what had to be put back, and calls `settle` when nobody waits, for as long as that
+    returns True: there is more to do. `subnets` are those that the node's pods have their addresses from.
+    """
 
     def __init__(
         self,
@@ -85,6 +93,8 @@ class Loop:
         tables: Tables,
         devices: Devices,
         repaired: Callable[[str, int], None],
+        settle: Callable[[], bool],
+        subnets: Sequence[Network],
         resync_seconds: float,
         outside: Callable[[], Outside] = Outside,
     ) -> None:
@@ -93,17 +103,22 @@ class Loop:
         self._tables = tables
         self._devices = devices
         self._repaired = repaired
+        self._settle = settle
+        self._subnets = subnets
         self._interval = resync_seconds
         self._ask_outside = outside
         self._outside = Outside()
         self._known: State | None = None  # what is in the kernel, as far as we know
         self._failures: dict[str, str] = {}  # of the tables, by object
         self._device_failures: dict[str, str] = {}
+        self._settle_failures: dict[str, str] = {}
         self._condition = threading.Condition()
         self._requested = 0  # passes asked for
         self._done = 0  # requests that a finished pass has covered
         self._trouble = ""  # why the last pass failed as a whole, if it did
         self._full_due = time.monotonic()
+        self._settle_due = self._full_due + _QUIET
+        self._guests: tuple[Pod, ...] = ()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
 
@@ -123,6 +138,15 @@ class Loop:
         with self._condition:
             self._full_due = min(self._full_due, time.monotonic() + _FULL_PASS_PAUSE)
             self._condition.notify_all()
+
+    @contextmanager
+    def guest(self, pod: Pod) -> Iterator[None]:
+        """Plan for a pod that is not in the store, as long as this block lasts; `sync` brings either into force."""
+        self._guests = (*self._guests, pod)
+        try:
+            yield
+        finally:
+            self._guests = tuple(each for each in self._guests if each is not pod)
 
     def sync(self, timeout: float) -> None:
         """Wait until a pass that began after this call has ended.
@@ -154,7 +178,7 @@ class Loop:
             with self._condition:
                 while not self._has_work():
                     # Not wait_for(): its time is fixed, and kernel_changed() may bring the full pass forward.
-                    self._condition.wait(self._full_due - time.monotonic())
+                    self._condition.wait(min(self._full_due, self._settle_due) - time.monotonic())
                 if self._stopped:
                     return
                 covered = self._requested
@@ -162,11 +186,24 @@ class Loop:
                 if full:
                     # Now, so that what the kernel announces during the pass is not forgotten after it.
                     self._full_due = time.monotonic() + self._interval
+            if not full and covered == self._done:
+                self._settle_due = time.monotonic() if self._try_settle() else math.inf
+                continue
             trouble = self._try_pass(full)
             with self._condition:
                 self._trouble = trouble
+                quiet_from = time.monotonic() + _QUIET
+                self._settle_due = quiet_from if covered > self._done else min(self._settle_due, quiet_from)
                 self._done = covered
                 self._condition.notify_all()
+
+    def _try_settle(self) -> bool:
+        """Return whether there is more to settle now; after a failure it waits for its next turn."""
+        try:
+            return self._settle()
+        except KernelError as error:
+            self._settle_failures = _told(self._settle_failures, {"settling": error})
+            return False
 
     def _try_pass(self, full: bool) -> str:
         """Return what went wrong, if anything: kernel and store may be in trouble for a while, the pods must not be."""
@@ -181,10 +218,11 @@ class Loop:
         return ""
 
     def _has_work(self) -> bool:
-        return self._stopped or self._requested > self._done or time.monotonic() >= self._full_due
+        due = min(self._full_due, self._settle_due)
+        return self._stopped or self._requested > self._done or time.monotonic() >= due
 
     def _pass(self, full: bool) -> None:
-        pods = self._store.pods()
+        pods = [*self._store.pods(), *self._guests]
         before, restored = self._known, []
         device_failures: dict[str, KernelError] = {}
         if full or before is None:
@@ -193,7 +231,7 @@ class Loop:
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
         known = self._known
         assert known is not None
-        desired = plan(pods, self._devices.indexes(pods), self._outside)
+        desired = plan(pods, self._devices.indexes(pods), self._subnets, self._outside)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)

@@ -7,9 +7,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from socketserver import ThreadingMixIn
-from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-from wsgiref.types import StartResponse, WSGIEnvironment
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import (
     CollectorRegistry,
@@ -32,8 +31,17 @@ from agent.state import KernelError, Uplink
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COMMANDS = ("ADD", "DEL", "STATUS")
 _REPAIR_KINDS = (
-    "devices", "endpoints", "hooks", "neighbours", "node_addresses", "prefixes", "routes", "settings", "uplinks",
-)  # fmt: skip
+    "devices",
+    "endpoints",
+    "hooks",
+    "neighbours",
+    "node_addresses",
+    "prefixes",
+    "routes",
+    "settings",
+    "subnets",
+    "uplinks",
+)
 
 Outcomes = Callable[[], Mapping[str, tuple[int, int]]]
 """Returns packets and bytes by outcome."""
@@ -88,9 +96,9 @@ class Metrics:
         """Record how long a phase of the start took."""
         self._phases.labels(phase).set(seconds)
 
-    def set_ready(self, ready: bool) -> None:
-        """Record whether ADD can be served."""
-        self._ready.set(ready)
+    def watch_readiness(self, readiness: Readiness) -> None:
+        """Read at every scrape whether ADD can be served, as the probe does."""
+        self._ready.set_function(lambda: not readiness.reason)
 
     def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]) -> None:
         """Read these at every scrape, rather than keep copies of them."""
@@ -206,9 +214,8 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
         if path == "/healthz":
             return _answer(start_response, "200 OK", "ok")
         if path == "/readyz":
-            if readiness.reason:
-                return _answer(start_response, "503 Service Unavailable", readiness.reason)
-            return _answer(start_response, "200 OK", "ready")
+            reason = readiness.reason
+            return _answer(start_response, "503 Service Unavailable" if reason else "200 OK", reason or "ready")
         return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
 
     host, _, port = address.rpartition(":")
@@ -218,12 +225,11 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
     return server
 
 
-def _scrape(app: Any, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+def _scrape(app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     try:
-        result: Iterable[bytes] = app(environ, start_response)
+        return app(environ, start_response)
     except KernelError as error:
         return _answer(start_response, "500 Internal Server Error", str(error))
-    return result
 
 
 def _answer(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_interface, ip_network
@@ -25,9 +25,19 @@ _DEFAULT_ROUTES = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 @dataclass
 class Readiness:
-    """Why ADD cannot be served now, for STATUS and the readiness probe; empty when it can."""
+    """Whether ADD can be served, for STATUS and the readiness probe, which must say the same."""
 
-    reason: str = "the agent is starting"
+    unproved: str = "the agent is starting"
+    """What the datapath's proof lacks; empty once it is there."""
+    uninstalled: str = "the CNI configuration is not installed yet"
+    """What could not be put where the runtime looks; empty if nothing."""
+    exhausted: Callable[[], str] = lambda: ""
+    """Says which addresses have run out; empty while there are some."""
+
+    @property
+    def reason(self) -> str:
+        """Why ADD cannot be served now; empty if it can."""
+        return self.unproved or self.uninstalled or self.exhausted()
 
 
 class Node:
@@ -42,15 +52,19 @@ class Node:
         self._readiness = readiness
 
     def reserve(self, attachment: Attachment, netns_path: str, netns: int, mtu: int) -> None:
-        """See `cni.commands.Node`. Codes: 8 for a bad namespace, 100 for a second ADD, 101 for no free address."""
+        """See `cni.commands.Node`.
+
+        Codes: 8 for a bad namespace, 11 before the datapath is proved, 100 for a second ADD, 101 for no free address.
+        """
+        if self._readiness.unproved:
+            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
         _check_netns(netns, netns_path)
+        with _translated():
+            mtu = mtu or self._mtu or netlink.uplink_mtu()
+            identity = Netns(netns_path, netns_id(netns))
         try:
             pod = self._store.reserve(
-                attachment,
-                device=device_name(attachment),
-                mac=pod_mac(attachment),
-                mtu=mtu or self._mtu or netlink.uplink_mtu(),
-                netns=Netns(netns_path, netns_id(netns)),
+                attachment, device=device_name(attachment), mac=pod_mac(attachment), mtu=mtu, netns=identity
             )
         except AttachmentExists as error:
             raise CniError(
@@ -91,8 +105,9 @@ class Node:
 
     def status(self) -> None:
         """See `cni.commands.Node`. Code 50 with the reason."""
-        if self._readiness.reason:
-            raise CniError(Code.NOT_AVAILABLE, "podlane cannot serve ADD now", self._readiness.reason)
+        reason = self._readiness.reason
+        if reason:
+            raise CniError(Code.NOT_AVAILABLE, "podlane cannot serve ADD now", reason)
 
     def _known(self, attachment: Attachment) -> Pod:
         pod = self._store.get(attachment)
@@ -115,9 +130,7 @@ def _check_netns(netns: int, path: str) -> None:
     if not netlink.is_netns(netns):
         raise CniError(Code.INVALID_NETNS, "CNI_NETNS is not a network namespace", path)
     if netlink.same_netns(netns):
-        raise CniError(
-            Code.INVALID_NETNS, "plugin's netns and netns from CNI_NETNS should not be the same", path
-        )
+        raise CniError(Code.INVALID_NETNS, "plugin's netns and netns from CNI_NETNS should not be the same", path)
 
 
 def _result(pod: Pod) -> Result:

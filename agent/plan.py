@@ -20,14 +20,21 @@ class Outside:
     settings: Settings | None = None
 
 
-def plan(pods: Iterable[Pod], indexes: Mapping[str, int], outside: Outside | None = None) -> State:
+def plan(
+    pods: Iterable[Pod],
+    indexes: Mapping[str, int],
+    subnets: Iterable[Network] = (),
+    outside: Outside | None = None,
+) -> State:
     """Return the desired state.
 
     `indexes` gives the interface index of each host-side device that exists; a pod whose device is missing gets
     nothing, since packets to it could go nowhere. A pod that is being released keeps its programs, which drop whatever
-    it still sends, until its device is gone. Without `outside`, the state is what these pods need, no more.
+    it still sends, until its device is gone. What is of the node's own `subnets` and no pod's is unreachable: the
+    default route would send it away, and the world's routes send it back. Without `subnets` and `outside`, the state is
+    what these pods need, no more.
     """
-    desired = State()
+    desired = State(subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"))
     if outside is not None:
         _plan_outside(desired, outside)
     for pod in pods:

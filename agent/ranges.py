@@ -33,8 +33,11 @@ class Range:
 
     @classmethod
     def of(cls, subnet: IPv4Network | IPv6Network) -> Range:
-        """Return a subnet's usable addresses: without the network and broadcast address of IPv4 (RFC 919) and the
-        subnet-router anycast address of IPv6 (RFC 4291 section 2.6.1), but where there are only one or two."""
+        """Return a subnet's usable addresses.
+
+        These are all where there are only one or two, else all but the network and broadcast address of IPv4 (RFC 919)
+        or the subnet-router anycast address of IPv6 (RFC 4291 section 2.6.1).
+        """
         first, last = subnet[0], subnet[-1]
         if subnet.num_addresses > 2:
             first = subnet[1]

@@ -1,7 +1,8 @@
 """The proof that the datapath works, before the agent says so: a packet through attached programs and back.
 
-A scratch namespace is attached as any pod is. It sends one packet to its own address by way of its gateway: if compiling,
-loading, attaching, maps and redirection all work, the packet comes back with its TTL reduced by one.
+A scratch namespace is attached as any pod is, but for an address from the ranges: an agent must get ready on a full
+node too. It sends one packet to its own address by way of its gateway: if compiling, loading, attaching, maps and
+redirection all work, the packet comes back with its TTL reduced by one.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import IPv4Address
 
+from agent.loop import Loop
 from agent.netlink.netns import in_netns
-from agent.wiring import HOST_MAC, pod_mac
+from agent.state import KernelError
+from agent.store import Netns, Phase, Pod
+from agent.wiring import HOST_MAC, Wiring, device_name, pod_mac
 from cni.call import Attachment
-from cni.commands import Node
-from cni.errors import CniError
 
 _ATTACHMENT = Attachment("podlane", "podlane-selftest", "eth0")
-_PATH = "/proc/self/ns/net"  # recorded, never opened: the scratch namespace has no name
+_ADDRESS = IPv4Address("169.254.1.2")  # beside the gateway's: on no link but the scratch pod's own
+_MTU = 1280
+_SYNC_SECONDS = 20.0
 _SECONDS = 1.0
 _TTL = 64
 _TEST_PROTOCOL = 253  # "for experimentation and testing" (RFC 3692)
-_ETHERTYPES = {4: 0x0800, 6: 0x86DD}
-_TTL_OFFSET = {4: 14 + 8, 6: 14 + 7}
+_ETHERTYPE = 0x0800
+_TTL_OFFSET = 14 + 8
 _CLONE_NEWNET = 0x40000000
 
 
@@ -35,22 +40,45 @@ class SelfTestFailed(Exception):
     """The datapath does not carry packets; the message says what was seen."""
 
 
-def self_test(node: Node) -> None:
-    """Attach a scratch pod, send a packet, expect it back, detach. Raises SelfTestFailed."""
-    try:
-        with _scratch_netns() as netns:
-            node.release(_ATTACHMENT)
-            try:
-                node.reserve(_ATTACHMENT, _PATH, netns, 0)
-                result = node.connect(_ATTACHMENT, netns)
-                address = result.addresses[0].ip.packed
-                in_netns(netns, lambda: _exchange(address))
-            finally:
-                node.release(_ATTACHMENT)
-    except OSError as error:
-        raise SelfTestFailed(f"the scratch pod cannot send: {error.strerror}; is CAP_NET_RAW missing?") from error
-    except CniError as error:
-        raise SelfTestFailed(f"the scratch pod cannot be attached: {error.message} {error.details}".strip()) from error
+class ScratchPod:
+    """A pod for one packet, in no store. Its phase keeps the loop from mending it."""
+
+    def __init__(self, wiring: Wiring, loop: Loop) -> None:
+        self._wiring = wiring
+        self._loop = loop
+        self._pod = Pod(
+            attachment=_ATTACHMENT,
+            device=device_name(_ATTACHMENT),
+            mac=pod_mac(_ATTACHMENT),
+            mtu=_MTU,
+            netns=Netns("", ""),
+            addresses=(_ADDRESS,),
+            phase=Phase.RESERVED,
+            boot_id="",
+        )
+
+    def test(self) -> None:
+        """Attach the pod, send a packet, expect it back, detach. Raises SelfTestFailed."""
+        try:
+            with _scratch_netns() as netns:
+                try:
+                    with self._loop.guest(self._pod):
+                        self._attach(netns)
+                        in_netns(netns, _exchange)
+                finally:
+                    self._wiring.delete(self._pod.device)
+                    self._loop.sync(_SYNC_SECONDS)
+        except (KernelError, TimeoutError) as error:
+            raise SelfTestFailed(f"the scratch pod cannot be attached: {error}") from error
+        except OSError as error:
+            raise SelfTestFailed(f"the scratch pod cannot send: {error.strerror}; is CAP_NET_RAW missing?") from error
+
+    def _attach(self, netns: int) -> None:
+        self._wiring.delete(self._pod.device)  # an earlier agent's, if it was killed at this
+        self._wiring.create(self._pod, netns)
+        self._loop.sync(_SYNC_SECONDS)
+        self._loop.check(self._pod)
+        self._wiring.configure(self._pod, netns)
 
 
 @contextmanager
@@ -73,13 +101,11 @@ def _scratch_netns() -> Iterator[int]:
         os.close(descriptors[0])
 
 
-def _exchange(address: bytes) -> None:
+def _exchange() -> None:
     """In the scratch pod: send to ourselves through the gateway and wait for the packet's return."""
-    family = 4 if len(address) == 4 else 6
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETHERTYPES[family])) as wire:
-        wire.bind((_ATTACHMENT.ifname, _ETHERTYPES[family]))
-        frame = _frame(family, address)
-        wire.send(frame)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETHERTYPE)) as wire:
+        wire.bind((_ATTACHMENT.ifname, _ETHERTYPE))
+        wire.send(_frame())
         deadline = time.monotonic() + _SECONDS
         while (left := deadline - time.monotonic()) > 0:
             wire.settimeout(left)
@@ -88,22 +114,19 @@ def _exchange(address: bytes) -> None:
             except TimeoutError:
                 break
             if sender[2] != socket.PACKET_OUTGOING and received[-len(_PAYLOAD) :] == _PAYLOAD:
-                return _judge(family, received)
+                return _judge(received)
     raise SelfTestFailed(f"no packet came back within {_SECONDS:g} s")
 
 
 _PAYLOAD = b"podlane self-test"
 
 
-def _frame(family: int, address: bytes) -> bytes:
-    ethernet = _octets(HOST_MAC) + _octets(pod_mac(_ATTACHMENT)) + struct.pack("!H", _ETHERTYPES[family])
-    if family == 6:
-        header = struct.pack("!IHBB", 6 << 28, len(_PAYLOAD), _TEST_PROTOCOL, _TTL) + address + address
-    else:
-        size = 20 + len(_PAYLOAD)
-        fields = struct.pack("!BBHHHBBH", 0x45, 0, size, 0, 0, _TTL, _TEST_PROTOCOL, 0) + address + address
-        header = fields[:10] + struct.pack("!H", _checksum(fields)) + fields[12:]
-    return ethernet + header + _PAYLOAD
+def _frame() -> bytes:
+    address = _ADDRESS.packed
+    ethernet = _octets(HOST_MAC) + _octets(pod_mac(_ATTACHMENT)) + struct.pack("!H", _ETHERTYPE)
+    size = 20 + len(_PAYLOAD)
+    header = struct.pack("!BBHHHBBH", 0x45, 0, size, 0, 0, _TTL, _TEST_PROTOCOL, 0) + address + address
+    return ethernet + header[:10] + struct.pack("!H", _checksum(header)) + header[12:] + _PAYLOAD
 
 
 def _checksum(header: bytes) -> int:
@@ -114,8 +137,8 @@ def _checksum(header: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def _judge(family: int, received: bytes) -> None:
-    ttl = received[_TTL_OFFSET[family]]
+def _judge(received: bytes) -> None:
+    ttl = received[_TTL_OFFSET]
     if ttl != _TTL - 1:
         raise SelfTestFailed(f"the packet came back with TTL {ttl}, not {_TTL - 1}")
 

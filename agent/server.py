@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cni import wire
@@ -17,6 +18,7 @@ from cni import wire
 log = logging.getLogger(__name__)
 
 _RECEIVE_SECONDS = 10.0  # a launcher sends what it has at once
+_POLL_SECONDS = 0.05  # how soon `stop` is noticed
 _CONCURRENT = 16  # enough to keep the kernel busy; the others wait in line
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
 
@@ -50,16 +52,17 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def start(self) -> None:
         """Serve in a thread of its own until `stop`."""
-        threading.Thread(target=self.serve_forever, name="server", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(_POLL_SECONDS,), name="server", daemon=True).start()
 
     def stop(self) -> None:
         """Stop listening. The socket goes, unless another agent has put its own there."""
         self.shutdown()
+        with suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:  # ours alone, as long as it is open
+                self._path.unlink()
         self.server_close()
-        if self._path.exists() and self._path.stat().st_ino == self._inode:
-            self._path.unlink()
 
-    def finish_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+    def finish_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # noqa: ARG002
         """Serve one launcher."""
         with self._turns:
             _, uid, _ = _CREDENTIALS.unpack(

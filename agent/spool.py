@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from agent.server import Handle
 from cni import wire
+from cni.errors import Code
 
 log = logging.getLogger(__name__)
+
+# Of a call that will be as wrong the next time: the runtime that made it never knew.
+_HOPELESS = {
+    Code.INCOMPATIBLE_VERSION,
+    Code.INVALID_ENVIRONMENT,
+    Code.DECODING_FAILURE,
+    Code.INVALID_NETWORK_CONFIG,
+}
 
 
 class Spool:
@@ -17,6 +27,7 @@ class Spool:
     def __init__(self, directory: Path, handle: Handle) -> None:
         self._directory = directory
         self._handle = handle
+        self._told: dict[Path, str] = {}
 
     def drain(self) -> None:
         """Do what is spooled, oldest first. What fails stays for the next time; what nobody can read is set aside."""
@@ -27,6 +38,8 @@ class Spool:
                 self._do(path)
             except FileNotFoundError:
                 continue  # another thread was faster
+            except OSError as error:
+                self._tell(path, str(error))
 
     def _do(self, path: Path) -> None:
         try:
@@ -37,7 +50,19 @@ class Spool:
             return
         reply = self._handle(request)
         if reply.exit_code != 0:
-            log.error("spooled DEL failed file=%s reply=%s", path, reply.stdout.decode(errors="replace"))
+            trouble = reply.stdout.decode(errors="replace")
+            if json.loads(trouble)["code"] in _HOPELESS:
+                log.error("spooled request can never be done file=%s error=%r", path, trouble)
+                path.rename(path.with_suffix(".bad"))
+            else:
+                self._tell(path, trouble)
             return
         path.unlink()
+        self._told.pop(path, None)
         log.info("spooled DEL done container=%s", request.env.get("CNI_CONTAINERID", ""))
+
+    def _tell(self, path: Path, trouble: str) -> None:
+        """Log why a DEL has to wait, but not the same with every try."""
+        if self._told.get(path) != trouble:
+            log.error("spooled DEL failed, and waits file=%s error=%r", path, trouble)
+        self._told[path] = trouble

@@ -109,6 +109,7 @@ class State:
     """By interface index."""
     neighbours: dict[Neighbour, str] = field(default_factory=dict)
     routes: dict[Address, int] = field(default_factory=dict)
+    subnets: dict[Network, Literal["unreachable"]] = field(default_factory=dict)
 
 
 class Table(Protocol[K, V]):

@@ -69,7 +69,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Netns:
-    """A pod's network namespace: the path that the runtime gave, and the identity "device:inode" of what was there."""
+    """A pod's network namespace: the path that the runtime gave, and the identity "inode:cookie" of what was there."""
 
     path: str
     id: str
@@ -207,6 +207,14 @@ class Store:
         """Return one attachment, or None."""
         return next((pod for pod in self.pods() if pod.attachment == attachment), None)
 
+    def exhausted(self) -> str:
+        """Say which family has no address left; empty if all have some."""
+        usage = self.usage()
+        for family, ranges in self._ranges.items():
+            if all(used == each.size for each, used in usage if each.first.version == family):
+                return _exhaustion(ranges)
+        return ""
+
     def usage(self) -> list[tuple[Range, int]]:
         """Return every configured range with the number of its addresses in use."""
         with self._transaction() as db:
@@ -217,6 +225,10 @@ class Store:
             ]
 
 
+def _exhaustion(ranges: Sequence[Range]) -> str:
+    return f"no free address in {', '.join(map(str, ranges))}: all {sum(each.size for each in ranges)} are in use"
+
+
 def _key(attachment: Attachment) -> tuple[str, str, str]:
     return attachment.network, attachment.container_id, attachment.ifname
 
@@ -225,8 +237,7 @@ def _take_next(db: sqlite3.Connection, family: int, ranges: Sequence[Range], dev
     row = db.execute("SELECT address FROM last_given WHERE family = ?", (family,)).fetchone()
     address = next_free(ranges, unpack(row[0]) if row else None, lambda first, last: _used(db, first, last))
     if address is None:
-        names = ", ".join(map(str, ranges))
-        raise RangeExhausted(f"no free address in {names}: all {sum(each.size for each in ranges)} are in use")
+        raise RangeExhausted(_exhaustion(ranges))
     db.execute("INSERT INTO address VALUES (?, ?)", (pack(address), device))
     db.execute("INSERT OR REPLACE INTO last_given VALUES (?, ?)", (family, pack(address)))
     return address

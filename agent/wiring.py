@@ -15,10 +15,11 @@ from agent.store import Netns, Pod
 from cni.call import Attachment
 
 GATEWAYS: dict[int, Address] = {4: IPv4Address("169.254.1.1"), 6: IPv6Address("fe80::1")}
-"""The pods' gateway of each family: link-local, so that it takes no address from any range and is the same on all nodes."""
+"""The pods' gateway of each family: link-local, so that it is of no range, and the same on all nodes."""
 
 HOST_MAC = "02:70:6c:61:6e:65"
 """Of every host end: locally administered, and "plane" in ASCII. Pods are links of their own, so one serves all."""
+
 
 def device_name(attachment: Attachment) -> str:
     """Return the host end's name: the prefix and 48 bits of a hash, within IFNAMSIZ."""
@@ -53,16 +54,15 @@ class Wiring:
             alias=f"{netlink.ALIAS_PREFIX}{pod.attachment}",
             netns=netns,
         )
-        netlink.raise_host(pod.device)
+        self.lift(pod)
 
     def configure(self, pod: Pod, netns: int) -> None:
         """Give the pod's end its addresses, neighbours and routes, and set it up."""
-        has_ipv6 = any(address.version == 6 for address in pod.addresses)
         netlink.configure_pod(
             netns,
             pod.attachment.ifname,
             addresses=pod.addresses,
-            link_local=link_local(pod.mac) if has_ipv6 else None,
+            link_local=link_local(pod.mac) if _has_ipv6(pod) else None,
             host_mac=HOST_MAC,
             mtu=pod.mtu,
             gateways=GATEWAYS,
@@ -96,8 +96,12 @@ class Wiring:
         return netlink.fallen_devices()
 
     def lift(self, pod: Pod) -> None:
-        """Set a fallen host end up."""
-        netlink.raise_host(pod.device)
+        """Set the host end up."""
+        netlink.raise_host(pod.device, ipv6=_has_ipv6(pod))
+
+
+def _has_ipv6(pod: Pod) -> bool:
+    return any(address.version == 6 for address in pod.addresses)
 
 
 @contextmanager

@@ -76,8 +76,7 @@ int from_pod(struct __sk_buff *skb)
             return drop(skb, OUTCOME(drop_spoofed_arp));
         return punt(skb, OUTCOME(punt_arp));
     case KIND_VLAN:
-        /* The stack strips nested priority tags after this hook: what is inside would never have been
-         * checked. */
+        /* The stack strips nested priority tags after this hook: what is inside would never have been checked. */
         return drop(skb, OUTCOME(drop_vlan));
     case KIND_MALFORMED:
         return punt(skb, OUTCOME(punt_malformed));

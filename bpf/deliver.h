@@ -31,13 +31,11 @@ static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint
     void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
     struct ethhdr *ethernet = data;
 
-    /* Both families' headers fit: the parser has seen this much, an IPv4 packet is checked for its own size.
-     */
+    /* The parser has seen this much; the verifier wants to see it too. */
     if (data + ETH_HLEN + (packet->is_ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) > end)
         return punt(skb, OUTCOME(punt_malformed));
     decrement_ttl(data + ETH_HLEN, packet->is_ipv6);
-    /* It was sent to the host end's MAC, and every host end has the same: to the receiver we are its gateway.
-     */
+    /* It was sent to the host end's MAC, and every host end has the same: to the receiver we are its gateway. */
     __builtin_memcpy(ethernet->h_source, ethernet->h_dest, ETH_ALEN);
     __builtin_memcpy(ethernet->h_dest, endpoint->mac, ETH_ALEN);
     count(skb, outcome);

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* From bytes to what the programs decide on. Bounds are checked here; nothing is judged but whether it can be
- * read. */
+/* From bytes to what the programs decide on. Bounds are checked here; nothing is judged but whether it can be read. */
 #pragma once
 
 #include "maps.h"
@@ -18,8 +17,7 @@ struct arp {
     __be32 target;
 } __attribute__((packed));
 
-/* The start of a neighbour discovery message; only advertisements and solicitations have the target (RFC
- * 4861). */
+/* The start of a neighbour discovery message (RFC 4861); only advertisements and solicitations have the target. */
 struct neighbour_message {
     __u8 type;
     __u8 code;
@@ -55,7 +53,6 @@ struct packet {
 };
 
 #define IPV6_PREFIX_MAPPED bpf_htonl(0x0000ffff)
-#define VLAN_ID_MASK       0x0fff
 
 /* ICMPv6 types of neighbour discovery (RFC 4861 section 4); UAPI headers do not have them. */
 #define ND_ROUTER_SOLICITATION     133

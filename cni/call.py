@@ -1,7 +1,8 @@
 """One call of the plugin, validated: the environment variables and the network configuration.
 
-The rules and their order are those of the reference implementation (containernetworking/cni, pkg/skel), so that a
-runtime sees the errors it knows: environment (code 4), JSON (6), network configuration (7), version (1).
+The rules are those of the reference implementation (containernetworking/cni, pkg/skel), so that a runtime sees the
+errors it knows. Of several faults the first is told, in this order: environment (code 4), JSON (6), network
+configuration (7), version (1).
 """
 
 from __future__ import annotations

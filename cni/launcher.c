@@ -11,32 +11,25 @@
 #include <locale.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-#include <wchar.h>
+
+#include "answer.h"
+#include "durable.h"
+#include "io.h"
 
 enum {
     ENV_LIMIT = 4 << 20, // bytes; these three are those of cni/wire.py
     STDIN_LIMIT = 16 << 20,
     STDOUT_LIMIT = 16 << 20,
-    TEXT_SIZE = 1024, // of an error message; longer ones are cut
     TIMEOUT_LIMIT_MS = 24 * 3600 * 1000,
     RETRY_MS = 5, // between two tries at a socket whose backlog is full
-};
-
-enum error_code { // cni:SPEC.md section 5
-    INVALID_ENVIRONMENT = 4,
-    IO_FAILURE = 5,
-    TRY_AGAIN_LATER = 11,
-    PLUGIN_NOT_AVAILABLE = 50,
 };
 
 struct request {
@@ -57,79 +50,11 @@ struct reply {
     char body[STDOUT_LIMIT + 1];
 };
 
-static const char *const versions[] = {"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"};
-enum { VERSION_COUNT = sizeof(versions) / sizeof(versions[0]) };
-
-static void print_versions(FILE *out, const char *quote, const char *separator)
-{
-    for (int i = 0; i < VERSION_COUNT; i++)
-        fprintf(out, "%s%s%s%s", i ? separator : "", quote, versions[i], quote);
-}
-
-static void print_json_string(const char *text)
-{
-    mbstate_t state = {0};
-    wchar_t character;
-    putchar('"');
-    for (size_t left = strlen(text), size; left > 0; text += size, left -= size) {
-        size = mbrtowc(&character, text, left, &state);
-        if (size > left) { // not UTF-8
-            fputs("\\ufffd", stdout);
-            state = (mbstate_t){0};
-            size = 1;
-        } else if (character < ' ' || character == '"' || character == '\\') {
-            printf("\\u%04x", (unsigned)character);
-        } else {
-            fwrite(text, 1, size, stdout);
-        }
-    }
-    putchar('"');
-}
-
-__attribute__((noreturn, format(printf, 3, 4))) static void fail(enum error_code code, const char *details,
-                                                                 const char *format, ...)
-{
-    char text[TEXT_SIZE];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(text, sizeof(text), format, arguments);
-    va_end(arguments);
-    printf("{\"cniVersion\":\"%s\",\"code\":%d,\"msg\":", versions[VERSION_COUNT - 1], code);
-    print_json_string(text);
-    fputs(",\"details\":", stdout);
-    print_json_string(details);
-    puts("}");
-    exit(EXIT_FAILURE); // flushes
-}
-
-// In place of strerror: runtimes take a DEL's "No such file or directory" or "not found" for success
-// (containerd's go-cni).
-static const char *reason(int error)
-{
-    switch (error) {
-    case ENOENT:
-        return "it does not exist";
-    case ECONNREFUSED:
-        return "nobody listens there";
-    case ETIMEDOUT:
-        return "the deadline passed (PODLANE_TIMEOUT_MS sets another)";
-    default:
-        return strerror(error);
-    }
-}
-
 // An empty variable counts as a missing one, as everywhere in CNI.
 static const char *variable(const char *name, const char *otherwise)
 {
     const char *value = getenv(name);
     return value && *value ? value : otherwise;
-}
-
-static int64_t now_ms(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
 static int64_t timeout_ms(const char *command)
@@ -144,56 +69,6 @@ static int64_t timeout_ms(const char *command)
         fail(INVALID_ENVIRONMENT, "set it in the container runtime's environment, or leave it out",
              "PODLANE_TIMEOUT_MS must be 1 to %d milliseconds, not '%.64s'", TIMEOUT_LIMIT_MS, text);
     return value;
-}
-
-// Waits until fd is ready; ETIMEDOUT at the deadline.
-static int await(int fd, short events, int64_t deadline)
-{
-    for (;;) {
-        int64_t left = deadline - now_ms();
-        if (left <= 0) {
-            errno = ETIMEDOUT;
-            return -1;
-        }
-        struct pollfd waited = {.fd = fd, .events = events};
-        int ready = poll(&waited, 1, (int)left);
-        if (ready > 0)
-            return 0;
-        if (ready < 0 && errno != EINTR)
-            return -1;
-    }
-}
-
-// Reads until the end or until the buffer is full; *size is right also on failure.
-static int read_to_end(int fd, char *buffer, size_t capacity, size_t *size, int64_t deadline)
-{
-    *size = 0;
-    while (*size < capacity) {
-        if (await(fd, POLLIN, deadline) < 0)
-            return -1;
-        ssize_t count = read(fd, buffer + *size, capacity - *size);
-        if (count == 0)
-            return 0;
-        if (count > 0)
-            *size += (size_t)count;
-        else if (errno != EINTR && errno != EAGAIN)
-            return -1;
-    }
-    return 0;
-}
-
-static int write_all(int fd, const char *data, size_t size)
-{
-    while (size > 0) {
-        ssize_t count = write(fd, data, size);
-        if (count < 0 && errno == EAGAIN)
-            poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, -1);
-        else if (count < 0 && errno != EINTR)
-            return -1;
-        data += count > 0 ? count : 0;
-        size -= count > 0 ? (size_t)count : 0;
-    }
-    return 0;
 }
 
 static void begin_request(struct request *request)
@@ -319,41 +194,6 @@ static const char *ask_agent(const char *path, const struct request *request, in
     return why;
 }
 
-// Opens a directory, and first makes what is missing of its path, durably. Cuts path up.
-static int open_directory(char *path)
-{
-    int directory = open(*path == '/' ? "/" : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    char *rest = NULL;
-    for (char *name = strtok_r(path, "/", &rest); name && directory >= 0; name = strtok_r(NULL, "/", &rest)) {
-        int made = mkdirat(directory, name, 0700) == 0, error = errno;
-        int next = -1;
-        if ((made && fsync(directory) == 0) || (!made && error == EEXIST))
-            next = openat(directory, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-        error = !made && error != EEXIST ? error : errno;
-        close(directory);
-        directory = next;
-        errno = error;
-    }
-    return directory;
-}
-
-// Under its final name the file is always whole, and stays so through a power failure.
-static int store(int directory, const char *name, const void *data, size_t size)
-{
-    char temporary[NAME_MAX + 1];
-    snprintf(temporary, sizeof(temporary), ".%s.tmp", name);
-    int fd = openat(directory, temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (fd < 0)
-        return -1;
-    if (write_all(fd, data, size) == 0 && fsync(fd) == 0 && close(fd) == 0 &&
-        renameat(directory, temporary, directory, name) == 0)
-        return fsync(directory);
-    int error = errno;
-    unlinkat(directory, temporary, 0);
-    errno = error;
-    return -1;
-}
-
 static void require_attachment(void)
 {
     const char *id = variable("CNI_CONTAINERID", NULL), *interface = variable("CNI_IFNAME", NULL);
@@ -378,22 +218,6 @@ static int spool(const struct request *request, const char *why)
         fail(IO_FAILURE, why, "cannot spool the DEL in %.512s: %s", path, reason(errno));
     fprintf(stderr, "podlane: no answer from the agent (%s); the DEL waits for it as %s/%s\n", why, path, name);
     return EXIT_SUCCESS;
-}
-
-static int print_about(void)
-{
-    fputs("podlane, an eBPF-accelerated CNI plugin for Kubernetes\nCNI protocol versions supported: ", stderr);
-    print_versions(stderr, "", ", ");
-    fputs("\n", stderr);
-    return EXIT_SUCCESS;
-}
-
-static int print_version(void)
-{
-    printf("{\"cniVersion\":\"%s\",\"supportedVersions\":[", versions[VERSION_COUNT - 1]);
-    print_versions(stdout, "\"", ",");
-    puts("]}");
-    return fflush(stdout) == 0 && !ferror(stdout) ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 static int print_reply(const struct reply *reply)

@@ -7,11 +7,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ..files import replace_file
 from .object import Object
 from .source import CompileError, expand
 
@@ -102,19 +102,8 @@ def _read(entry: Path) -> Object | None:
 
 
 def _write(entry: Path, compiled_object: Object) -> None:
-    """Write the entry so that a reader, or a power cut, never meets half of it."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
     body = compiled_object.to_json()
-    descriptor, temporary = tempfile.mkstemp(dir=entry.parent, prefix=".object-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(f"{_checksum(body)}\n{body}")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(entry)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(entry, f"{_checksum(body)}\n{body}".encode(), 0o600)
 
 
 def _forget_old(cache: Path) -> None:

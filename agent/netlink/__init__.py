@@ -20,7 +20,7 @@ from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
 from agent.netlink.pods import InterfaceExists, configure_pod, create_pair, raise_host
 from agent.netlink.sysctl import reserve_ports
-from agent.netlink.tables import NeighbourTable, RouteTable
+from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
 from agent.netlink.uplinks import node_addresses, uplinks
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Monitor",
     "NeighbourTable",
     "RouteTable",
+    "SubnetTable",
     "configure_pod",
     "create_pair",
     "delete_device",

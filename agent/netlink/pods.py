@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv6Address
+from pathlib import Path
 
 from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
@@ -23,6 +25,9 @@ IPV6_MIN_MTU = 1280  # bytes, RFC 8200 section 5; the kernel keeps IPv6 off devi
 IN6_ADDR_GEN_MODE_NONE = 1
 IFA_F_NODAD = 0x02
 RTPROT_STATIC = 4
+RTF_LOCAL = 0x80000000  # linux/ipv6_route.h
+LOCAL_ROUTES = Path("/proc/thread-self/net/ipv6_route")
+_LOCAL_ROUTE_SECONDS = 5.0
 
 
 class InterfaceExists(KernelError):
@@ -100,6 +105,7 @@ def configure_pod(
         for hop in hops:
             wanted += [_add_neighbour(number, hop, host_mac), *_add_routes(number, hop)]
         perform(wanted)
+        _wait_until_received([address for address in addresses if address.version == 6])
 
     in_netns(netns, work)
 
@@ -109,6 +115,23 @@ def _index(name: str) -> int:
     if number is None:
         raise KernelError(f"set up {name}: there is no such device")
     return number
+
+
+def _wait_until_received(addresses: Sequence[Address]) -> None:
+    """Wait for the kernel to accept packets to these IPv6 addresses. Raises KernelError.
+
+    It makes their local routes in a work queue, even without DAD (net/ipv6/addrconf.c, addrconf_dad_work): some 0.1 ms
+    after the address itself, and more on a busy machine. Until then it drops what comes, and the address looks as ever.
+    """
+    missing = {address.packed.hex() for address in addresses}
+    deadline = time.monotonic() + _LOCAL_ROUTE_SECONDS
+    while missing:
+        routes = LOCAL_ROUTES.read_text().splitlines()
+        missing -= {line[:32] for line in routes if int(line.split()[8], 16) & RTF_LOCAL}
+        if missing and time.monotonic() > deadline:
+            raise KernelError(f"no local route to {', '.join(map(str, addresses))} after {_LOCAL_ROUTE_SECONDS:g} s")
+        if missing:
+            time.sleep(0.0001)
 
 
 def _identity(name: str, mac: str, mtu: int) -> list[tuple[str, object]]:

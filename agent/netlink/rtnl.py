@@ -17,7 +17,7 @@ CHANGE: int = NLM_F_REPLACE
 PUT: int = NLM_F_CREATE | NLM_F_REPLACE
 
 RT_TABLE_MAIN = 254
-RTN_UNICAST = 1
+RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 
 # The fixed parts of messages, before their attributes.

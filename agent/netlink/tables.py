@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, TypeVar
 
 from pyroute2.netlink.rtnl import (
     RTM_DELNEIGH,
@@ -34,13 +34,15 @@ from agent.netlink.rtnl import (
     PUT,
     ROUTE,
     RT_SCOPE_LINK,
+    RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
     RTA_DST,
     RTA_OIF,
     RTN_UNICAST,
+    RTN_UNREACHABLE,
     u32,
 )
-from agent.state import Address, KernelError, Neighbour
+from agent.state import Address, KernelError, Neighbour, Network
 
 K = TypeVar("K")
 
@@ -50,17 +52,11 @@ class RouteTable:
 
     def read(self) -> dict[Address, int]:
         """Return podlane's host routes, address to device index. Raises KernelError."""
-        found: dict[Address, int] = {}
-        for family, bits in ((FAMILY[4], 32), (FAMILY[6], 128)):
-            # ip route show table main proto 112; the kernel filters
-            fields = {"family": family, "table": RT_TABLE_MAIN, "proto": PROTOCOL}
-            for answer in dump(request("list routes", rtmsg, RTM_GETROUTE, fields=fields)):
-                got, length, _, protocol, _, _, _ = ROUTE.unpack_from(answer.body)
-                if answer.type == RTM_NEWROUTE and (got, length, protocol) == (family, bits, PROTOCOL):
-                    route = attributes(answer.body, ROUTE.size)
-                    if RTA_OIF in route:
-                        found[_address(route[RTA_DST])] = u32(route[RTA_OIF])
-        return found
+        return {
+            network.network_address: u32(route[RTA_OIF])
+            for network, kind, route in _own_routes()
+            if network.prefixlen == network.max_prefixlen and kind == RTN_UNICAST and RTA_OIF in route
+        }
 
     def upsert(self, items: Mapping[Address, int]) -> dict[Address, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
@@ -76,6 +72,23 @@ class RouteTable:
         """Delete podlane's routes to the given addresses; one that is already gone counts as deleted."""
         keys = list(keys)
         return _each(keys, [_delete_route(address) for address in keys])
+
+
+class SubnetTable:
+    """`Table[Network, "unreachable"]`: the node's own subnets, whose addresses lead nowhere unless a pod has them."""
+
+    def read(self) -> dict[Network, Literal["unreachable"]]:
+        """Return podlane's unreachable subnets. Raises KernelError."""
+        return {network: "unreachable" for network, kind, _ in _own_routes() if kind == RTN_UNREACHABLE}
+
+    def upsert(self, items: Mapping[Network, Literal["unreachable"]]) -> dict[Network, KernelError]:
+        """Create the given routes; a route of someone else in the same place is not replaced but a failure."""
+        return _each(list(items), [_subnet("add", network, RTM_NEWROUTE, ADD) for network in items])
+
+    def delete(self, keys: Iterable[Network]) -> dict[Network, KernelError]:
+        """Delete podlane's routes to the given subnets; one that is already gone counts as deleted."""
+        keys = list(keys)
+        return _each(keys, [_subnet("delete", network, RTM_DELROUTE, 0) for network in keys])
 
 
 class NeighbourTable:
@@ -103,6 +116,34 @@ class NeighbourTable:
         """Delete the given neighbours; one already gone, with its device or without, counts as deleted."""
         keys = list(keys)
         return _each(keys, [_delete_neighbour(key) for key in keys])
+
+
+def _own_routes() -> Iterator[tuple[Network, int, dict[int, bytes]]]:
+    """Yield destination, type and attributes of podlane's routes."""
+    for family in FAMILY.values():
+        # ip route show table main proto 112; the kernel filters
+        fields = {"family": family, "table": RT_TABLE_MAIN, "proto": PROTOCOL}
+        for answer in dump(request("list routes", rtmsg, RTM_GETROUTE, fields=fields)):
+            got, length, _, protocol, _, kind, _ = ROUTE.unpack_from(answer.body)
+            route = attributes(answer.body, ROUTE.size)
+            if answer.type == RTM_NEWROUTE and (got, protocol) == (family, PROTOCOL) and RTA_DST in route:
+                yield ipaddress.ip_network((route[RTA_DST], length)), kind, route
+
+
+def _subnet(verb: str, network: Network, type_: int, flags: int) -> Request:
+    # ip route add unreachable NETWORK proto 112
+    fields = {
+        "family": FAMILY[network.version],
+        "dst_len": network.prefixlen,
+        "table": RT_TABLE_MAIN,
+        "proto": PROTOCOL,
+        "scope": RT_SCOPE_UNIVERSE,
+        "type": RTN_UNREACHABLE,
+    }
+    gone = (errno.ESRCH, errno.ENOENT) if type_ == RTM_DELROUTE else ()
+    entry = [("RTA_DST", str(network.network_address))]
+    what = f"{verb} unreachable {network}"
+    return request(what, rtmsg, type_, flags, fields=fields, attributes=entry, tolerated=gone)
 
 
 def _each(keys: Sequence[K], requests: Sequence[Request]) -> dict[K, KernelError]:

@@ -21,6 +21,7 @@ from tests.node.machine import Netns, run
 
 SENDER = Path(__file__).with_name("sender.c")
 PACKETS = 60_000
+SETTLE_SECONDS = 3  # until podlane has moved new pods' programs to where they stay
 
 Measure = Callable[[], float]
 
@@ -34,12 +35,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="podlane-bench-") as directory, ExitStack() as stack:
         places = Path(directory)
         podlane: dict[str, Runtime] = {
+            "podlane": Podlane(places / "auto", stack),
             "podlane (tcx)": Podlane(places / "tcx", stack, hooks="tcx"),
             "podlane (clsact)": Podlane(places / "clsact", stack, hooks="clsact"),
         }
         peers: dict[str, Runtime] = {
-            "bridge": Reference(places / "bridge", stack, "bridge", 88),
-            "ptp": Reference(places / "ptp", stack, "ptp", 89),
+            "bridge": Reference(places / "bridge", stack, "bridge", 88, bridge="br0", isGateway=True, ipMasq=True),
+            "ptp": Reference(places / "ptp", stack, "ptp", 89, ipMasq=True),
         }
         if "packets" in arguments.what:
             _packets(places, podlane | peers, arguments.rounds, stack)
@@ -51,6 +53,7 @@ def _packets(places: Path, runtimes: Mapping[str, Runtime], rounds: int, stack: 
     sender = places / "sender"
     run("gcc", "-O2", "-o", str(sender), str(SENDER))
     pairs = {"direct veth": direct(stack), **{name: joined(each, stack) for name, each in runtimes.items()}}
+    time.sleep(SETTLE_SECONDS)
     for family, name in enumerate(("IPv4", "IPv6")):
         measures = {label: _cost(pair, family, sender, stack) for label, pair in pairs.items()}
         _report(f"CPU time per 18-byte UDP packet, {name}, pod to pod", "ns", measures, rounds, "direct veth")

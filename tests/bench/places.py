@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.node.machine import Machine, Netns, run
+from tests.node.machine import LAUNCHER, Machine, Netns, run
 
 REFERENCE_PLUGINS = Path("/usr/lib/cni")
 
@@ -44,18 +45,23 @@ class Podlane:
 
     def add(self, netns: Netns) -> list[str]:
         """Wire the pod."""
-        outcome = self._machine.cni("ADD", container_id=netns.name, netns=str(netns.path))
-        return _addresses(outcome.exit_code, outcome.stdout)
+        return _addresses(self._call("ADD", netns))
 
     def delete(self, netns: Netns) -> None:
         """Unwire the pod."""
-        self._machine.cni("DEL", container_id=netns.name, netns=str(netns.path))
+        self._call("DEL", netns)
+
+    def _call(self, command: str, netns: Netns) -> subprocess.CompletedProcess[str]:
+        directory = self._machine.directory
+        environment = {"PODLANE_SOCKET": str(directory / "cni.sock"), "PODLANE_SPOOL": str(directory / "spool")}
+        config = {"cniVersion": "1.0.0", "name": "podlane", "type": "podlane"}
+        return _call(self._machine.netns, LAUNCHER, command, netns, json.dumps(config), environment)
 
 
 class Reference:
     """One of the reference plugins, with host-local IPAM, in a node of its own."""
 
-    def __init__(self, directory: Path, stack: ExitStack, plugin: str, octet: int) -> None:
+    def __init__(self, directory: Path, stack: ExitStack, plugin: str, octet: int, **more: object) -> None:
         directory.mkdir()
         self._node = Netns(plugin)
         stack.callback(self._node.delete)
@@ -67,39 +73,45 @@ class Reference:
             "ranges": ranges,
             "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
         }
-        config = {"cniVersion": "1.0.0", "name": plugin, "type": plugin, "ipam": ipam}
-        if plugin == "bridge":
-            config |= {"bridge": "br0", "isGateway": True}
+        config = {"cniVersion": "1.0.0", "name": plugin, "type": plugin, "ipam": ipam, **more}
         self._config = json.dumps(config)
 
     def add(self, netns: Netns) -> list[str]:
         """Wire the pod."""
-        done = self._call("ADD", netns)
-        return _addresses(done.returncode, done.stdout)
+        return _addresses(self._call("ADD", netns))
 
     def delete(self, netns: Netns) -> None:
         """Unwire the pod."""
         self._call("DEL", netns)
 
     def _call(self, command: str, netns: Netns) -> subprocess.CompletedProcess[str]:
-        environment = {
-            "PATH": os.environ["PATH"],
-            "CNI_COMMAND": command,
-            "CNI_CONTAINERID": netns.name,
-            "CNI_NETNS": str(netns.path),
-            "CNI_IFNAME": "eth0",
-            "CNI_PATH": str(REFERENCE_PLUGINS),
-        }
-        command_line = self._node.command(str(self._plugin))
-        return subprocess.run(
-            command_line, input=self._config, env=environment, capture_output=True, text=True, check=False
+        return _call(self._node, self._plugin, command, netns, self._config, {})
+
+
+def _call(
+    node: Netns, plugin: Path, command: str, netns: Netns, config: str, more: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Execute a plugin as a runtime does, from a thread within the node."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CNI_COMMAND": command,
+        "CNI_CONTAINERID": netns.name,
+        "CNI_NETNS": str(netns.path),
+        "CNI_IFNAME": "eth0",
+        "CNI_PATH": str(REFERENCE_PLUGINS),
+        **more,
+    }
+    return node.call(
+        lambda: subprocess.run(
+            [str(plugin)], input=config, env=environment, capture_output=True, text=True, check=False
         )
+    )
 
 
-def _addresses(status: int, stdout: str) -> list[str]:
-    if status != 0:
-        raise RuntimeError(f"ADD failed: {stdout}")
-    return [each["address"].partition("/")[0] for each in json.loads(stdout)["ips"]]
+def _addresses(done: subprocess.CompletedProcess[str]) -> list[str]:
+    if done.returncode != 0:
+        raise RuntimeError(f"ADD failed: {done.stdout}{done.stderr}")
+    return [each["address"].partition("/")[0] for each in json.loads(done.stdout)["ips"]]
 
 
 def joined(runtime: Runtime, stack: ExitStack) -> Pair:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.node.machine import LAUNCHER, Machine, Netns, machine
+from tests.node.machine import LAUNCHER, START_SECONDS, Machine, Netns, machine
 
 pytestmark = pytest.mark.root
 
@@ -44,6 +45,7 @@ class Watch:
         """Wait until something has moved to this name; return all events so far as (mask, name)."""
         events: list[tuple[int, str]] = []
         while (_MOVED_TO, last) not in events:
+            assert select.select([self._descriptor], [], [], START_SECONDS)[0], f"no {last} after {events}"
             data = os.read(self._descriptor, 1 << 16)
             while data:
                 _, mask, _, length = _EVENT.unpack_from(data)

@@ -189,7 +189,7 @@ def test_restart_leaves_pods_alone(cluster: Cluster, pods: list[Pod]) -> None:
 
 def pins(cluster: Cluster) -> dict[str, int]:
     """Return the pinned links with their inodes, which change when a link is made anew."""
-    return {path.name: path.stat().st_ino for path in (cluster.node.bpffs / "links").iterdir()}
+    return {path.name: path.stat().st_ino for path in (cluster.node.bpffs / "links").glob("*")}
 
 
 def test_removal_while_agent_is_away(cluster: Cluster) -> None:

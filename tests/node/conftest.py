@@ -12,7 +12,7 @@ from tests.node.machine import Machine, machine
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Machine]:
-    """A node with an uplink and a ready agent."""
+    """Yield a node with an uplink and a ready agent."""
     with machine(tmp_path) as it:
         it.add_uplink()
         it.start_agent()

@@ -2,8 +2,8 @@
 
     python -m tests.node.die_at COMMAND CONTAINER STEP --config FILE
 
-A step is whatever outlives the process: an SQL statement, a netlink message, a BPF call, a change of a file, and in
-the end the reply. A kill between two other instructions leaves the same world behind as the kill at the next step.
+A step is a change that outlives the process: an SQL statement, a netlink message, a BPF call, a change of a file, and
+in the end the reply. A kill between two other instructions leaves the same world behind as the kill at the next step.
 Steps are counted, in all threads, from the moment the call arrives; a STEP of 0 kills nobody. The log tells how many
 there were.
 """
@@ -20,6 +20,8 @@ from types import FrameType
 from agent.__main__ import main as agent_main
 from agent.datapath import libbpf
 from agent.datapath.maps import Map
+from agent.netlink.channel import dump
+from agent.store import Store
 from cni.commands import handle
 from cni.wire import reply
 
@@ -28,6 +30,7 @@ from cni.wire import reply
 _OUTSIDE = {"Connection.execute", "socket.send", "FileIO.write", "unlink", "mkdir"}
 _BPF_CALLS = (libbpf.pin, libbpf.link_create, libbpf.link_update, libbpf.link_detach, Map.update, Map.delete)
 _ARRIVAL, _REPLY = handle.__code__, reply.__code__
+_READS = {dump.__code__, Store.pods.__code__}
 _STEPS = {_REPLY, *(function.__code__ for function in _BPF_CALLS)}
 
 
@@ -46,7 +49,7 @@ class Executioner:
             self._python_call(frame)
         elif event == "c_call" and self._armed:
             name = getattr(what, "__qualname__", "")
-            if name in _OUTSIDE:
+            if name in _OUTSIDE and frame.f_code not in _READS:
                 self._step(f"{name} in {frame.f_code.co_qualname}")
 
     def _python_call(self, frame: FrameType) -> None:

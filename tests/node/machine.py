@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from agent.netlink.netns import in_netns
 from tests.support import bpffs
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "build" / "podlane"
 START_SECONDS = 30.0
@@ -48,7 +49,7 @@ class Netns:
         """Run a program in here and return what it printed."""
         return run(*self.command(*argv), check=check, timeout=timeout)
 
-    def call(self, work: Callable[[], Any]) -> Any:
+    def call(self, work: Callable[[], T]) -> T:
         """Call a function in a thread that lives in here."""
         with self.path.open("rb") as file:
             return in_netns(file.fileno(), work)
@@ -70,7 +71,7 @@ class Outcome:
     stdout: str
     stderr: str
 
-    def json(self) -> Any:
+    def json(self) -> Any:  # noqa: ANN401  # whatever the plugin printed
         """Return the one JSON document on stdout."""
         return json.loads(self.stdout)
 
@@ -290,7 +291,11 @@ class Machine:
         pod.netns.delete()
 
     def traces(self) -> dict[str, list[str]]:
-        """Return everything that pods have left on this machine: empty lists when nothing is left."""
+        """Return everything that pods have left on this machine, in order: empty lists when nothing is left.
+
+        Of devices the names, of routes all but the state of the link, since the kernel tells those late. The node's own
+        subnets, which are unreachable but for pods, are no traces of a pod.
+        """
         import sqlite3
 
         with sqlite3.connect(f"file:{self.directory}/state/ipam.db?mode=ro", uri=True) as db:
@@ -298,24 +303,26 @@ class Machine:
                 str(row)
                 for row in db.execute("SELECT container_id FROM attachment UNION ALL SELECT hex(address) FROM address")
             ]
-        links = self.bpffs / "links"
-        return {
-            "devices": [line for line in self.netns.run("ip", "-o", "link").stdout.splitlines() if ": pl" in line],
+        names = [line.split()[1].partition("@")[0] for line in self.netns.run("ip", "-o", "link").stdout.splitlines()]
+        found = {
+            "devices": [name for name in names if name.startswith("pl")],
             "routes": [
-                line
+                line.replace(" linkdown", "")
                 for family in ("-4", "-6")
                 for line in self.netns.run("ip", family, "route", "show", "proto", "112").stdout.splitlines()
+                if not line.startswith("unreachable")
             ],
             "neighbours": [
                 line
                 for line in self.netns.run("ip", "neigh", "show", "nud", "permanent").stdout.splitlines()
                 if "dev pl" in line
             ],
-            "links": sorted(os.listdir(links)) if links.is_dir() else [],
+            "links": _names(self.bpffs / "links"),
             "rows": rows,
             "endpoints": self.endpoints(),
-            "spool": sorted(os.listdir(self.directory / "spool")) if (self.directory / "spool").is_dir() else [],
+            "spool": _names(self.directory / "spool"),
         }
+        return {kind: sorted(lines) for kind, lines in found.items()}
 
     def endpoints(self) -> list[str]:
         """Return the entries of the endpoint map, as bpftool prints them."""
@@ -333,8 +340,12 @@ class Machine:
         return done.returncode == 0 and " 0% packet loss" in done.stdout
 
 
+def _names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()] if directory.is_dir() else []
+
+
 @contextmanager
 def machine(directory: Path, **config: object) -> Iterator[Machine]:
-    """A node with nothing running on it yet."""
+    """Yield a node with nothing running on it yet."""
     with ExitStack() as stack:
         yield Machine(directory, stack, **config)

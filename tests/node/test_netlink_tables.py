@@ -9,19 +9,21 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from agent import netlink
 from agent.netlink import monitor
-from agent.state import Address, Attached, Hook, KernelError, Neighbour
+from agent.state import Address, Attached, Hook, KernelError, Neighbour, Network
 from tests.node.namespaces import fresh_netns, ip, run
 
 pytestmark = pytest.mark.root
 
 FOUR, SIX = IPv4Address("10.77.0.1"), IPv6Address("fd77::1")
+FOUR_NET, SIX_NET = IPv4Network("10.77.0.0/24"), IPv6Network("fd77::/64")
 MAC, OTHER_MAC = "02:bb:00:00:00:01", "02:bb:00:00:00:02"
 
 
@@ -94,6 +96,31 @@ class TestRoutes:
         assert table.read() == wanted
         assert table.delete(wanted) == {}
         assert table.read() == {}
+
+
+class TestSubnets:
+    """SubnetTable."""
+
+    def test_round_trip(self, host_ends: tuple[int, int]) -> None:
+        """What is put is read back, beside the routes of pods in it, and is gone after deletion."""
+        table = netlink.SubnetTable()
+        wanted: dict[Network, Literal["unreachable"]] = dict.fromkeys((FOUR_NET, SIX_NET), "unreachable")
+        assert table.upsert(wanted) == {}
+        netlink.RouteTable().upsert({FOUR: host_ends[0], SIX: host_ends[0]})
+        assert table.read() == wanted
+        assert netlink.RouteTable().read().keys() == {FOUR, SIX}
+        assert table.delete(wanted) == {}
+        assert table.read() == {}
+        assert table.delete(wanted) == {}
+
+    @pytest.mark.usefixtures("host_ends")
+    def test_foreign_routes_are_left_alone(self) -> None:
+        """A route of someone else to the same subnet is not replaced (that is a failure) and not deleted."""
+        run(f"ip route add {FOUR_NET} dev pltwo proto static")
+        table = netlink.SubnetTable()
+        assert table.upsert({FOUR_NET: "unreachable"}).keys() == {FOUR_NET}
+        assert table.delete([FOUR_NET]) == {}
+        assert [route["dev"] for route in ip("-4 route show proto static")] == ["pltwo"]
 
 
 class TestNeighbours:

@@ -7,7 +7,6 @@ within (addresses, routes, up or down) is its own business: see `test_inside_is_
 from __future__ import annotations
 
 import json
-import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ def settled(node: Machine, pod: TestPod) -> TestPod:
 @contextmanager
 def repaired(node: Machine, a: TestPod, b: TestPod, **expected: int) -> Iterator[None]:
     """Prove of what the block breaks: it is put back, counted under these kinds and no other, and all talk again."""
-    before, untouched = node.repairs(), traces(node)
+    before, untouched = node.repairs(), node.traces()
 
     def new() -> dict[str, int]:
         now = node.repairs()
@@ -66,15 +65,8 @@ def repaired(node: Machine, a: TestPod, b: TestPod, **expected: int) -> Iterator
     full_pass(node, a)
     expected["routes"] = expected.get("routes", 0) + 1
     assert new() == expected
-    assert traces(node) == untouched
+    node.wait_for(lambda: node.traces() == untouched, "everything to be as it was")  # links come a little later
     assert_all_talk(node, a, b)
-
-
-def traces(node: Machine) -> dict[str, list[str]]:
-    """Return what podlane has on the node, in an order of its own, and devices without the index of the day."""
-    found = {kind: sorted(lines) for kind, lines in node.traces().items()}
-    found["devices"] = sorted(re.sub(r"^\d+: ([^@:]+).*", r"\1", line) for line in found["devices"])
-    return found
 
 
 def assert_all_talk(node: Machine, a: TestPod, b: TestPod) -> None:
@@ -294,7 +286,7 @@ def foreign_view(node: Machine, pod: TestPod) -> list[str]:
 def test_foreign_route_in_a_pods_place(node: Machine, a: TestPod, b: TestPod) -> None:
     """Somebody else's route to a pod's address stays, and is reported once; when it goes, podlane's is back."""
     address = b.addresses[V4]
-    untouched = traces(node)
+    untouched = node.traces()
     node.netns.run("ip", "route", "replace", address, "dev", "uplink", "scope", "link", "proto", "static")
     node.wait_for(lambda: refusals(node, f"routes {address}") == 1, "the report")
     for _ in range(3):
@@ -302,7 +294,7 @@ def test_foreign_route_in_a_pods_place(node: Machine, a: TestPod, b: TestPod) ->
     assert "proto static" in node.netns.run("ip", "route", "show", address).stdout
     assert refusals(node, f"routes {address}") == 1
     node.netns.run("ip", "route", "delete", address)
-    node.wait_for(lambda: traces(node) == untouched, "podlane's route")
+    node.wait_for(lambda: node.traces() == untouched, "podlane's route")
     assert_all_talk(node, a, b)
 
 
@@ -334,7 +326,7 @@ def test_pod_in_the_way(node: Machine, a: TestPod, b: TestPod) -> None:
 
 def test_pod_whose_namespace_is_gone(node: Machine, a: TestPod, b: TestPod) -> None:
     """It is reported once, its leftovers go at once, others are not hurt, and its DEL frees the addresses."""
-    before = traces(node)
+    before = node.traces()
     pod = node.make_pod("gone")
     repairs = node.repairs()
     pod.netns.delete()
@@ -343,11 +335,11 @@ def test_pod_whose_namespace_is_gone(node: Machine, a: TestPod, b: TestPod) -> N
         full_pass(node, a)
     assert refusals(node, pod.device) == 1
     assert node.repairs() == {**repairs, "routes": repairs.get("routes", 0) + 3}
-    left = traces(node)
+    left = node.traces()
     assert {kind: left[kind] for kind in left if kind != "rows"} == {k: v for k, v in before.items() if k != "rows"}
     assert_all_talk(node, a, b)
     node.delete_pod(pod)
-    assert traces(node) == before
+    assert node.traces() == before
 
 
 def test_another_namespace_at_the_pods_path(node: Machine, a: TestPod) -> None:
@@ -360,3 +352,10 @@ def test_another_namespace_at_the_pods_path(node: Machine, a: TestPod) -> None:
     full_pass(node, a)
     assert "eth0" not in pod.netns.run("ip", "-o", "link").stdout
     node.delete_pod(pod)
+
+
+def test_unreachable_subnets(node: Machine, a: TestPod, b: TestPod) -> None:
+    """The route that keeps packets for unused addresses of the node's own ranges here is put back."""
+    with repaired(node, a, b, subnets=2):
+        node.netns.run("ip", "route", "delete", "unreachable", "10.244.0.0/24")
+        node.netns.run("ip", "-6", "route", "delete", "unreachable", "fd00:10:244::/64")

@@ -165,7 +165,7 @@ ADDRESSES = {
 }
 POOL = {family: [ip_address(text).packed for text in texts] for family, texts in ADDRESSES.items()}
 MAC_POOL = [octets(mac) for mac in (A.mac, HOST_MAC, B.mac, "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01")]
-ETHERTYPES = {0x0800: 4, 0x86DD: 6, 0x0806: 4, 0x8100: 4, 0x88A8: 6, 0x88B5: 6}
+ETHERTYPES = (0x0800, 0x86DD, 0x0806, 0x8100, 0x88A8, 0x88B5)
 BYTE = st.integers(0, 255)
 
 
@@ -263,7 +263,7 @@ OFFSETS = {4: (26, 30, 28, 38), 6: (22, 38, 62)}
 def damaged(frame: bytearray, choose: random.Random) -> bytearray:
     """Change one thing about a frame."""
     position = choose.randrange(min(len(frame), 80)) if frame else 0
-    match choose.randrange(8):
+    match choose.randrange(9):
         case 0:
             frame[position : position + 1] = bytes([choose.choice(ODD_BYTES)])
         case 1 | 2 if frame:
@@ -276,7 +276,10 @@ def damaged(frame: bytearray, choose: random.Random) -> bytearray:
             offset = choose.choice((0, 6, 22))
             frame[offset : offset + 6] = choose.choice(MAC_POOL)
         case 6:
-            frame[12:14] = choose.choice(list(ETHERTYPES)).to_bytes(2, "big")
+            frame[12:14] = choose.choice(ETHERTYPES).to_bytes(2, "big")
+        case 7:
+            offset = choose.choice((21, 22))  # hop limit and TTL
+            frame[offset : offset + 1] = bytes([choose.choice((0, 1, 2, 255))])
         case _:
             del frame[choose.randrange(len(frame) + 1) :]
             frame += bytes(choose.randrange(20))

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from ipaddress import ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from agent.loop import Loop, Tables
-from agent.plan import plan
+from agent.plan import Outside, plan
 from agent.ranges import Range
 from agent.state import (
     Address,
@@ -29,6 +29,7 @@ from agent.state import (
     Settings,
     Sources,
     State,
+    Uplink,
 )
 from agent.store import Netns, Phase, Pod, Store
 from cni.call import Attachment
@@ -36,7 +37,31 @@ from cni.call import Attachment
 K = TypeVar("K")
 V = TypeVar("V")
 NAMES = tuple(each.name for each in fields(State))
+POD_TABLES = ("endpoints", "hooks", "neighbours", "routes")  # with entries for every pod
 SECONDS = 30.0  # until a test that waits for something gives up
+
+
+FOREIGN: dict[str, tuple[Any, Any]] = {
+    "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
+    "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, True)),
+    "prefixes": (ip_network("192.0.2.0/24"), Lanes(native=True, stack=True)),
+    "node_addresses": (ip_address("192.0.2.1"), 0),
+    "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
+    "uplinks": (99, Sources()),
+    "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
+    "routes": (ip_address("192.0.2.1"), 99),
+    "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
+}
+"""One object of each table that belongs to no pod."""
+
+
+OUTSIDE = Outside(
+    uplinks={f"eth{number}": Uplink(number + 2, Sources(IPv4Address(f"198.51.100.{number}"))) for number in (0, 1)},
+    node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
+    prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
+    settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, False),
+)
+"""What a node sees around it."""
 
 
 class MemoryTable(Generic[K, V]):
@@ -125,6 +150,7 @@ class World:
 
     def __init__(self, directory: Path, *, resync_seconds: float = 0.02) -> None:
         ranges = [Range.of(ip_network(subnet)) for subnet in ("10.0.0.0/24", "fd00::/64")]
+        self.subnets = [each.subnet for each in ranges]
         self.store = Store(directory / "ipam.db", ranges, "boot")
         self.journal: list[tuple[str, str]] = []
         self.tables = Tables(
@@ -136,14 +162,20 @@ class World:
             uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             routes=MemoryTable[Address, int]("routes", self.journal),
+            subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
         )
         self.devices = MemoryDevices(self.journal)
         self.repairs: Counter[str] = Counter()
+        self.to_settle = 0
+        self.outside = OUTSIDE
         self.loop = Loop(
             store=self.store,
             tables=self.tables,
             devices=self.devices,
             repaired=lambda kind, count: self.repairs.update({kind: count}),
+            settle=self.settle,
+            subnets=self.subnets,
+            outside=lambda: self.outside,
             resync_seconds=resync_seconds,
         )
 
@@ -157,6 +189,13 @@ class World:
         finally:
             self.loop.stop()
             self.store.close()
+
+    def settle(self) -> bool:
+        """Do one of the things that can wait; say whether there are more."""
+        if self.to_settle:
+            self.to_settle -= 1
+            self.journal.append(("settle", "hooks"))
+        return self.to_settle > 0
 
     def sync(self) -> None:
         """Wait for a pass."""
@@ -213,4 +252,4 @@ class World:
     def desired(self) -> State:
         """Return what the tables should hold."""
         pods = self.store.pods()
-        return plan(pods, self.devices.indexes(pods))
+        return plan(pods, self.devices.indexes(pods), self.subnets, self.outside)

@@ -193,8 +193,8 @@ def test_bugs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         handle(request("ADD"), RecordingNode(connect=ZeroDivisionError("oops")))
     (record,) = caplog.records
     assert record.getMessage() == "internal error"
-    assert record.exc_text is None or "ZeroDivisionError" in record.exc_text
-    assert record.exc_info is not None
+    assert record.exc_info
+    assert record.exc_info[0] is ZeroDivisionError
 
 
 failures = st.none() | st.sampled_from([REFUSED, RuntimeError("a bug"), KeyError(), CniError(Code.NOT_AVAILABLE, "")])
@@ -222,7 +222,7 @@ def test_every_call_has_one_valid_answer(
     assert reply.exit_code in (0, 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(failures, min_size=4, max_size=4))
 def test_addresses_are_reserved_or_released(raised: list[Exception | None]) -> None:
     """After an ADD the attachment is complete, or was released after the last thing that was done for it."""

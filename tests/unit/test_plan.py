@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address, ip_network
 
 import pytest
 from hypothesis import given
@@ -124,3 +124,9 @@ def test_link_local_addresses_differ(octets: bytes) -> None:
     identifier = address.packed[8:]
     assert address.is_link_local
     assert bytes([identifier[0] ^ 2]) + identifier[1:3] + identifier[5:] == octets
+
+
+def test_own_subnets_are_unreachable() -> None:
+    """The node's own subnets are unreachable, pods or none; one of a single address is all its pod's."""
+    subnets = [ip_network(each) for each in ("10.0.0.0/24", "fd00::/64", "10.0.1.1/32")]
+    assert plan([], {}, subnets).subnets == {subnets[0]: "unreachable", subnets[1]: "unreachable"}
