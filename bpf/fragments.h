@@ -83,7 +83,8 @@ static bool identify_fragment(struct __sk_buff *skb, const struct packet *packet
 
     if (!payload)
         return false;
-    if (transport->part == PART_LATER)
+    transport->unchecked = transport->part == PART_LATER;
+    if (transport->unchecked)
         return recall_ports(transport);
     return parse_ports(skb, packet, transport, payload) && transport->checksum_offset;
 }

@@ -23,6 +23,15 @@ static __u32 address_offset(bool is_ipv6, enum side side)
     return side == SIDE_SOURCE ? __builtin_offsetof(struct iphdr, saddr) : __builtin_offsetof(struct iphdr, daddr);
 }
 
+/*
+ * The kernel may keep a packet's sum (CHECKSUM_COMPLETE). Where a checksum in the packet changes with what is stored,
+ * the sum stays; else the kernel has to be told.
+ */
+static __u64 store_flags(const struct transport *transport)
+{
+    return transport->unchecked ? BPF_F_RECOMPUTE_CSUM : 0;
+}
+
 /* The checksum of data that has changed by `difference` (RFC 1624, eqn. 3). */
 static __be16 updated_checksum(__be16 checksum, __s64 difference)
 {
@@ -55,7 +64,7 @@ static int rewrite_address(struct __sk_buff *skb, struct transport *transport, b
     int failed;
 
     if (is_ipv6)
-        failed = bpf_skb_store_bytes(skb, offset, new, sizeof(*new), 0);
+        failed = bpf_skb_store_bytes(skb, offset, new, sizeof(*new), store_flags(transport));
     else
         failed = bpf_skb_store_bytes(skb, offset, &new->word[3], sizeof(new->word[3]), 0)
                      ?: bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), 0, difference, 0);
@@ -71,7 +80,7 @@ static int rewrite_port(struct __sk_buff *skb, struct transport *transport, enum
     if (old == new || !offset)
         return 0; /* later fragments have none */
     return bpf_l4_csum_replace(skb, transport->checksum_offset, old, new, sizeof(new) | transport->checksum_flags)
-               ?: bpf_skb_store_bytes(skb, offset, &new, sizeof(new), 0);
+               ?: bpf_skb_store_bytes(skb, offset, &new, sizeof(new), store_flags(transport));
 }
 
 static int rewrite_source(struct __sk_buff *skb, struct packet *packet, struct transport *transport,

@@ -21,6 +21,7 @@ struct transport {
     __be32 identification; /* of a fragment */
     __u8 part;             /* PART_* */
     __u8 covers_addresses; /* the checksum includes the pseudo header */
+    __u8 unchecked;        /* there is no checksum that changes with the rest: a later fragment, or UDP without one */
     __u8 tcp_flags;        /* of the TCP header, else 0 */
 };
 
@@ -62,6 +63,7 @@ static bool parse_udp(struct transport *transport, __u32 offset, const __be16 *s
 {
     take_ports(transport, offset, start);
     transport->checksum_offset = offset + __builtin_offsetof(struct udphdr, check);
+    transport->unchecked = !start[3];
     transport->checksum_flags = BPF_F_MARK_MANGLED_0; /* none (0) stays none, and none comes to be */
     return true;
 }

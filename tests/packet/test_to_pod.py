@@ -31,7 +31,7 @@ from .harness import (
     forwarded,
     v4,
     v6,
-    verdict_of,
+    verdicts_of,
 )
 
 pytestmark = pytest.mark.root
@@ -106,7 +106,7 @@ def test_the_readme_explains_every_outcome(rig: Rig) -> None:
     """The operator's table has exactly the outcomes of the C, in its order, and the exceptions are all the drops."""
     names = list(outcomes(rig.datapath))
     assert names_in_table("Outcomes") == names
-    assert names_in_table("The exceptions") == [name for name in names if verdict_of(name) == DROP]
+    assert names_in_table("The exceptions") == [name for name in names if verdicts_of(name) == {DROP}]
 
 
 # ---- On real devices
