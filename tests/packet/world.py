@@ -152,6 +152,12 @@ class Node(Rig):
             else:
                 entries.delete(key)
 
+    def alter_values(self, name: str, value: int) -> None:
+        """Set the value of all entries of a map whose values are numbers."""
+        entries = self.datapath.maps[name]
+        for key, _ in list(entries.items()):
+            entries.update(key, value)
+
 
 def word(address: str | IPv4Address | IPv6Address) -> Mapping[str, bytes]:
     """Return an address as `struct addr`."""
