@@ -68,9 +68,12 @@ static bool identify_error(struct __sk_buff *skb, const struct packet *packet, s
     transport->quoted = packet->header_end + ICMP_HEADER;
     __u32 payload = packet->is_ipv6 ? parse_quoted_ipv6(skb, transport, transport->quoted)
                                     : parse_quoted_ipv4(skb, transport, transport->quoted);
-    if (!payload || transport->part == PART_LATER || !parse_ports(skb, packet, transport, payload))
-        return false;
+    bool has_ports = payload && transport->part != PART_LATER && parse_ports(skb, packet, transport, payload);
+    /* These would be of the error itself. */
     transport->part = PART_WHOLE;
+    transport->tcp_flags = 0;
+    if (!has_ports)
+        return false;
     transport->tuple = reversed(&transport->tuple);
     __u32 source_port = transport->port_offset[0];
     transport->port_offset[0] = transport->port_offset[1];
