@@ -14,17 +14,18 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 
 from agent.datapath.maps import Map
-from agent.expiry import FlowStates, lifetimes, pause
+from agent.expiry import FlowStates, lifetimes, pauses
 from agent.state import Address, KernelError, Settings
 
 log = logging.getLogger(__name__)
 
 _REST = 0.001  # seconds between batches, in which others get the interpreter
+_RETRY = 5.0  # seconds after a scan that failed
 _ORPHANS_EVERY = 4  # scans: looking for what must not exist costs more than all the rest
 _NOEXIST = 1  # BPF_NOEXIST
 # Above the first number of destinations, all but the busiest are forgotten. Those that matter have thousands of flows.
@@ -50,8 +51,20 @@ class Census:
 class Collector:
     """Scans the maps `flows` and `owners` in a thread of its own."""
 
-    def __init__(self, *, flows: Map, owners: Map, settings: Settings, constants: Mapping[str, int]) -> None:
-        """`constants` are the C's numeric macros, of which FLOW_* are the states."""
+    def __init__(
+        self,
+        *,
+        flows: Map,
+        owners: Map,
+        settings: Settings,
+        constants: Mapping[str, int],
+        refused: Callable[[], int],
+    ) -> None:
+        """`constants` are the C's numeric macros, of which FLOW_* are the states.
+
+        `refused` tells how many new flows have failed so far for want of ports or space: when it grows, it is time to
+        look. It may raise KernelError.
+        """
         names = ("replied", "fin_out", "fin_in", "reset")
         self._lifetimes = lifetimes(settings, FlowStates(**{name: constants[f"FLOW_{name.upper()}"] for name in names}))
         self._ports = settings.last_port - settings.first_port + 1
@@ -62,6 +75,7 @@ class Collector:
         self._flow = flows.value.picker("address", "port")
         self._age = flows.value.picker("state", "seen")
         self._owner = owners.value.picker("address", "port")
+        self._refused = refused
         self._suspects: set[bytes] = set()
         self._scans = 0
         self.collected = {"flow": 0, "orphan": 0}
@@ -96,17 +110,23 @@ class Collector:
         self.census = Census(dict(flows), fill, _busiest(destinations))
 
     def _run(self) -> None:
-        wait, trouble = 0.0, ""
-        while not self._stop.wait(wait):
+        trouble = ""
+        while not self._stop.is_set():
             started = time.thread_time()
             try:
                 self.scan()
+                self._rest(*pauses(self._pressure(), time.thread_time() - started))
                 trouble = ""
             except KernelError as error:
                 if str(error) != trouble:
                     log.error("cannot collect expired flows error=%r", str(error))
                 trouble = str(error)
-            wait = pause(self._pressure(), time.thread_time() - started)
+                self._stop.wait(_RETRY)
+
+    def _rest(self, least: float, most: float) -> None:
+        refused, until = self._refused(), time.monotonic() + most
+        while not self._stop.wait(least) and time.monotonic() < until and self._refused() == refused:
+            pass
 
     def _pressure(self) -> float:
         ports = max(self.census.destinations.values(), default=0) / self._ports

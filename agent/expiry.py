@@ -15,8 +15,8 @@ PROTOCOLS = {TCP: "tcp", UDP: "udp", ICMP: "icmp", ICMPV6: "icmpv6"}
 _NANOSECONDS = 1_000_000_000
 _STATES = 256  # a flow's state is one byte
 
-# Seconds between scans: unhurried (half of the shortest time-out), and the least.
-_CALM, _HURRIED = 30.0, 2.0
+# Seconds between scans: unhurried (half of the shortest time-outs), and the least.
+_CALM, _HURRIED = 30.0, 1.0
 _CALM_PRESSURE = 0.5
 _CPU_SHARE = 0.1
 
@@ -51,11 +51,12 @@ def lifetimes(settings: Settings, bits: FlowStates) -> Mapping[int, tuple[int, .
     }
 
 
-def pause(pressure: float, cpu_seconds: float) -> float:
-    """Return how many seconds to wait between two scans.
+def pauses(pressure: float, cpu_seconds: float) -> tuple[float, float]:
+    """Return how many seconds to wait until the next scan: at least, and at most, while nothing fails.
 
     `pressure` (0 to 1) is how full the fullest thing is: a map, or the ports to one destination. `cpu_seconds` is what
     the last scan cost: scanning never takes more than a tenth of a core.
     """
-    relief = (1 - min(pressure, 1.0)) / (1 - _CALM_PRESSURE)
-    return max(min(_CALM * relief, _CALM), _HURRIED, cpu_seconds / _CPU_SHARE)
+    least = max(_HURRIED, cpu_seconds / _CPU_SHARE)
+    relief = min((1 - pressure) / (1 - _CALM_PRESSURE), 1)
+    return least, max(least, _CALM * relief)

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
+_REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address
 
 
@@ -146,6 +147,7 @@ def _collect_flows(
         owners=datapath.maps["owners"],
         settings=masquerade.settings(config.masquerade),
         constants=datapath.constants,
+        refused=lambda: sum(tables.outcomes(datapath)[name].packets for name in _REFUSALS),
     )
     metrics.watch_masquerade(collector, lambda: surroundings.known.uplinks)
     collector.start()

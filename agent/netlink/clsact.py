@@ -78,7 +78,6 @@ class ClsactHooks:
                 perform([_delete_filter(hook, number)])
                 if number in self._made or hook.device in devices():
                     _delete_unused_qdisc(hook.device, number)
-                    self._made.discard(number)
             except KernelError as error:
                 failures[hook] = error
         return failures

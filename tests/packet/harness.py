@@ -105,7 +105,13 @@ class Rig:
         self._counted = outcomes(datapath)
 
     def run(
-        self, packet: Packet | bytes, *, program: str = "from_pod", pod: Pod = A, gso_segments: int = 0, gso_size: int = 0
+        self,
+        packet: Packet | bytes,
+        *,
+        program: str = "from_pod",
+        pod: Pod = A,
+        gso_segments: int = 0,
+        gso_size: int = 0,
     ) -> Ran:
         """Run a program on a packet of the pod's (bytes, or what scapy builds) and check what holds for every packet."""
         context = SkBuff(ifindex=self.indexes[pod], gso_segs=gso_segments, gso_size=gso_size)

@@ -213,7 +213,9 @@ def _forward(device: str) -> None:
 # ---- Packets
 
 
-def frame(source_mac: str, destination_mac: str, family: int, source: str, destination: str, **fields: object) -> Packet:
+def frame(
+    source_mac: str, destination_mac: str, family: int, source: str, destination: str, **fields: object
+) -> Packet:
     """Return Ethernet and IP headers. TTL and hop limit are both called `ttl` here."""
     ethernet = Ether(src=source_mac, dst=destination_mac)
     if family == 6 and "ttl" in fields:
@@ -248,7 +250,9 @@ def address_of(pod: Pod, family: int) -> str:
     return pod.ipv4 if family == 4 else pod.ipv6
 
 
-def request(kind: str, family: int, port: int, *, data: bytes = b"payload", flags: str = "S", to_port: int = 443) -> Packet:
+def request(
+    kind: str, family: int, port: int, *, data: bytes = b"payload", flags: str = "S", to_port: int = 443
+) -> Packet:
     """Return the transport part of what a pod sends from a port (an echo: with that identifier)."""
     match kind:
         case "tcp":
@@ -259,7 +263,9 @@ def request(kind: str, family: int, port: int, *, data: bytes = b"payload", flag
             return (ICMP(id=port, seq=3) if family == 4 else ICMPv6EchoRequest(id=port, seq=3)) / data
 
 
-def answer(kind: str, family: int, port: int, *, data: bytes = b"answer!", flags: str = "SA", to_port: int = 443) -> Packet:
+def answer(
+    kind: str, family: int, port: int, *, data: bytes = b"answer!", flags: str = "SA", to_port: int = 443
+) -> Packet:
     """Return the transport part of the answer to that."""
     match kind:
         case "tcp":
