@@ -140,9 +140,13 @@ def rig(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="module")
 def shared_node(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Load the real datapath for a node with an uplink, once for all tests of a module."""
-    with bpffs(tmp_path_factory.mktemp("node") / "bpffs") as mounted, node_places() as (pods, world):
-        with load(datapath_object, mounted / "podlane", SIZES) as loaded:
-            yield Node(loaded, mounted / "podlane", pods, world)
+    mount = tmp_path_factory.mktemp("node") / "bpffs"
+    with (
+        bpffs(mount) as mounted,
+        node_places() as (pods, world),
+        load(datapath_object, mounted / "podlane", SIZES) as loaded,
+    ):
+        yield Node(loaded, mounted / "podlane", pods, world)
 
 
 @pytest.fixture

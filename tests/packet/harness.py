@@ -113,15 +113,15 @@ class Rig:
         gso_segments: int = 0,
         gso_size: int = 0,
     ) -> Ran:
-        """Run a program on a packet of the pod's (bytes, or what scapy builds) and check what holds for every packet."""
+        """Run a program on a packet of the pod's (bytes, or what scapy builds), with `run_in`'s checks."""
         context = SkBuff(ifindex=self.indexes[pod], gso_segs=gso_segments, gso_size=gso_size)
         return self.run_in(context, packet, program=program)
 
     def run_in(self, context: SkBuff, packet: Packet | bytes, *, program: str, flags: int = 0) -> Ran:
         """Run a program in a context, and check what holds for every packet.
 
-        That is: one outcome grew, by one packet and the frame's bytes; the verdict is one that the outcome may have; and
-        only a packet that is sent on was changed.
+        That is: one outcome grew, by one packet and the frame's bytes; the verdict is one that the outcome may have;
+        and only a packet that is sent on was changed.
         """
         frame = raw(packet)
         result = run(self.datapath.programs[program], frame, context=context, flags=flags)
@@ -134,6 +134,14 @@ class Rig:
     def outcome(self, packet: Packet | bytes, *, pod: Pod = A, gso_segments: int = 0) -> str:
         """Return the outcome that `run` found from_pod to count."""
         return self.run(packet, pod=pod, gso_segments=gso_segments).outcome
+
+    def forget_stack_flows(self) -> None:
+        """Forget which flows to_pod has seen: from_pod would leave their answers to the stack."""
+        notes, endpoints = self.datapath.maps["stack_flows"], self.datapath.maps["endpoints"]
+        for key, _ in notes.items():
+            notes.delete(key)
+        for key, value in endpoints.items():
+            endpoints.update(key, {**value, "via_stack": 0})
 
     def growth(self) -> dict[str, Count]:
         """Return the outcomes counted since the last call, and by how much they grew."""

@@ -34,6 +34,7 @@ from .world import (
     answer,
     arriving,
     built,
+    carrying,
     delivered,
     from_pod,
     leaving,
@@ -247,7 +248,7 @@ def test_errors_about_nothing_known(node: Node, kind: str, family: int) -> None:
         leaving(family, NODE[family], OTHER[family]) / request(kind, family, port),
         leaving(family, OTHER[family]) / request(kind, family, port),
         leaving(family, NODE[family]) / answer(kind, family, port),
-        leaving(family, NODE[family], **({"proto": 253} if family == 4 else {"nh": 253})) / Raw(bytes(20)),
+        leaving(family, NODE[family], **carrying(253, family)) / Raw(bytes(20)),
         leaving(family, NODE[family], version=5) / request(kind, family, port),
     ]
     for packet in wrong:

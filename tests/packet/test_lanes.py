@@ -16,7 +16,9 @@ from .world import (
     NATIVE,
     NODE,
     OTHER,
+    SETTINGS,
     STACK,
+    UNREACHABLE,
     UPLINK,
     WORLD,
     Node,
@@ -24,6 +26,7 @@ from .world import (
     answer,
     arriving,
     built,
+    carrying,
     delivered,
     from_pod,
     leaving,
@@ -56,7 +59,7 @@ def test_past_the_stack(node: Node, kind: str, family: int) -> None:
 @BY_FAMILY
 def test_any_protocol_leaves(node: Node, family: int) -> None:
     """The lane does not depend on the protocol: what cannot be masqueraded may go to where that is not needed."""
-    fields = {"proto": 253} if family == 4 else {"nh": 253}
+    fields = carrying(253, family)
     assert node.leave(from_pod(family, **fields) / Raw(bytes(20))).outcome == "fwd_uplink"
 
 
@@ -70,7 +73,7 @@ def test_no_uplink(node: Node, family: int) -> None:
 @BY_FAMILY
 def test_no_settings_yet(node: Node, family: int) -> None:
     """Until the agent has written its settings, the stack carries everything but what is between pods."""
-    node.datapath.maps["settings"].update(0, dict.fromkeys(node.datapath.maps["settings"].get(0), 0))
+    node.configure(**dict.fromkeys(SETTINGS, 0))
     assert node.leave(from_pod(family) / UDP()).outcome == "punt_host"
     assert node.leave(from_pod(family, A, address_of(B, family)) / UDP()).outcome == "fwd_local"
 
@@ -108,7 +111,9 @@ def test_ttl(node: Node, family: int, ttl: int) -> None:
 @pytest.fixture
 def narrow(node: Node) -> Iterator[Node]:
     """Make the routes to part of the world narrow, 1,300 bytes (bpf_fib_lookup looks at locked MTUs only)."""
-    changes = [[f"-{family}", "route", "add", NETWORK[family], "dev", UPLINK, "mtu", "lock", "1300"] for family in FAMILIES]
+    changes = [
+        [f"-{family}", "route", "add", NETWORK[family], "dev", UPLINK, "mtu", "lock", "1300"] for family in FAMILIES
+    ]
     for change in changes:
         ip(*change)
     try:
@@ -147,12 +152,7 @@ def test_longer_than_the_device_takes(node: Node, family: int) -> None:
 @BY_FAMILY
 def test_no_route(node: Node, family: int) -> None:
     """Where no route leads, the stack answers "unreachable"."""
-    route = [f"-{family}", "route"]
-    ip(*route, "add", "unreachable", NETWORK[family])
-    try:
-        assert node.leave(from_pod(family) / UDP()).outcome == "punt_no_route"
-    finally:
-        ip(*route, "delete", "unreachable", NETWORK[family])
+    assert node.leave(from_pod(family, A, UNREACHABLE[family]) / UDP()).outcome == "punt_no_route"
 
 
 # ---- Not masqueraded
@@ -179,7 +179,7 @@ def test_everything_native(node: Node) -> None:
 def test_any_protocol_is_native(node: Node, family: int) -> None:
     """What could not be masqueraded leaves if it need not be."""
     node.prefix(NETWORK[family], NATIVE)
-    fields = {"proto": 253} if family == 4 else {"nh": 253}
+    fields = carrying(253, family)
     assert node.out(leaving(family, address_of(A, family), **fields) / Raw(bytes(20))).outcome == "fwd_native"
 
 
@@ -210,15 +210,12 @@ def test_the_address_that_the_host_would_use(node: Node, kind: str, family: int)
 
 @BY_FAMILY
 def test_the_address_where_the_kernel_knows_none(node: Node, family: int) -> None:
-    """Where no route tells, the agent's word for the uplink counts; without one, nothing leaves under a pod's address."""
-    ip(f"-{family}", "route", "add", "unreachable", NETWORK[family])
-    try:
-        packet = leaving(family, address_of(A, family)) / request("udp", family, PORT)
-        assert node.out(packet).outcome == "drop_masq_no_address"
-        node.datapath.maps["uplinks"].update(node.uplink, {f"ipv{each}": word(NODE[each]) for each in FAMILIES})
-        assert node.out(packet).packet == built(leaving(family, NODE[family]) / request("udp", family, PORT))
-    finally:
-        ip(f"-{family}", "route", "delete", "unreachable", NETWORK[family])
+    """Where no route tells, the agent's word for the uplink counts; without one, nothing leaves as a pod's."""
+    packet = leaving(family, address_of(A, family), UNREACHABLE[family]) / request("udp", family, PORT)
+    assert node.out(packet).outcome == "drop_masq_no_address"
+    node.datapath.maps["uplinks"].update(node.uplink, {f"ipv{each}": word(NODE[each]) for each in FAMILIES})
+    expected = leaving(family, NODE[family], UNREACHABLE[family]) / request("udp", family, PORT)
+    assert node.out(packet).packet == built(expected)
 
 
 # ---- Flows of the host stack
@@ -253,7 +250,7 @@ def test_what_the_node_sends_leaves_no_note(node: Node, kind: str, family: int) 
 
 @EACH
 def test_a_flow_that_the_stack_sent_out(node: Node, kind: str, family: int) -> None:
-    """If the stack sent a pod's packet out (a service elsewhere), the answer goes back to the stack, for its conntrack."""
+    """If the stack sent a pod's packet out (a service elsewhere), the answer goes back to the stack's conntrack."""
     pod = address_of(A, family)
     ran = node.out(leaving(family, pod) / request(kind, family, PORT), fast=False)
     assert ran.packet == built(leaving(family, NODE[family]) / request(kind, family, PORT))
@@ -286,7 +283,7 @@ def test_to_the_node_from_outside(node: Node, kind: str, family: int) -> None:
 @BY_FAMILY
 def test_any_protocol_to_a_pod(node: Node, family: int) -> None:
     """Whatever IP carries reaches a pod's own address."""
-    fields = {"proto": 253} if family == 4 else {"nh": 253}
+    fields = carrying(253, family)
     ran = node.into(arriving(family, address_of(A, family), **fields) / Raw(bytes(20)))
     assert (ran.verdict, ran.outcome) == (REDIRECT, "fwd_inbound")
     assert ran.packet == built(delivered(family, A, **fields) / Raw(bytes(20)))

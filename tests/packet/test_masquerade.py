@@ -19,6 +19,7 @@ from .world import (
     answer,
     arriving,
     built,
+    carrying,
     delivered,
     leaving,
     request,
@@ -35,9 +36,9 @@ CHECKSUM = {"tcp": 16, "udp": 6, "echo": 2}
 """Where the checksum stands in the transport header."""
 
 
-def opened(node: Node, kind: str, family: int, port: int, *, pod: Pod = A, **fields: object) -> int:
+def opened(node: Node, kind: str, family: int, port: int, *, pod: Pod = A, data: bytes = b"", flags: str = "S") -> int:
     """Send a pod's first packet; return the port that it left with."""
-    ran = node.out(leaving(family, address_of(pod, family)) / request(kind, family, port, **fields))
+    ran = node.out(leaving(family, address_of(pod, family)) / request(kind, family, port, data=data, flags=flags))
     assert ran.outcome == "masq_out"
     return source_port(kind, ran.packet, family)
 
@@ -104,7 +105,9 @@ def test_a_port_serves_many_destinations(node: Node, kind: str, family: int) -> 
 def test_answers_from_others(node: Node, kind: str, family: int) -> None:
     """Whom the pod did not speak to gets nothing through: another address, or another port, is the node's affair."""
     port = opened(node, kind, family, IN_RANGE)
-    assert node.into(arriving(family, NODE[family], OTHER[family]) / answer(kind, family, port)).outcome == "fwd_host_in"
+    assert (
+        node.into(arriving(family, NODE[family], OTHER[family]) / answer(kind, family, port)).outcome == "fwd_host_in"
+    )
     assert node.into(arriving(family, NODE[family]) / answer(kind, family, port + 1)).outcome == "fwd_host_in"
     if kind != "echo":
         other = answer(kind, family, port, to_port=444)
@@ -114,7 +117,7 @@ def test_answers_from_others(node: Node, kind: str, family: int) -> None:
 @EACH
 @pytest.mark.parametrize("error", [0x0001, 0x0100, 0xFF00])
 def test_a_wrong_checksum_stays_wrong(node: Node, kind: str, family: int, error: int) -> None:
-    """A damaged packet is not given a valid checksum on the way, in either direction: its receiver must be able to tell."""
+    """A damaged packet is not given a valid checksum on the way, in or out: its receiver must be able to tell."""
     at = 14 + (20 if family == 4 else 40) + CHECKSUM[kind]
 
     def damaged(frame: bytes) -> bytes:
@@ -197,7 +200,7 @@ def test_padding(node: Node, kind: str, family: int) -> None:
     ran = node.out(whole + b"\xaa" * 7)
     assert ran.packet == built(leaving(family, NODE[family]) / request(kind, family, IN_RANGE, data=b"")) + b"\xaa" * 7
     protocol = 6 if kind == "tcp" else 17
-    empty = {"len": 20, "proto": protocol} if family == 4 else {"plen": 0, "nh": protocol}
+    empty = carrying(protocol, family) | ({"len": 20} if family == 4 else {"plen": 0})
     pretended = leaving(family, address_of(A, family), **empty) / Raw(bytes(40))
     assert node.out(pretended).outcome == "drop_masq_unsupported"
     assert node.into(arriving(family, NODE[family], **empty) / Raw(bytes(40))).outcome == "fwd_host_in"
@@ -210,7 +213,7 @@ def test_cut_short(node: Node, kind: str, family: int) -> None:
     full = {"tcp": 20, "udp": 8, "echo": 8}[kind]
     protocol = {"tcp": 6, "udp": 17, "echo": 1 if family == 4 else 58}[kind]
     part = built(leaving(family, address_of(A, family)) / request(kind, family, IN_RANGE))[header:]
-    fields = {"proto": protocol} if family == 4 else {"nh": protocol}
+    fields = carrying(protocol, family)
     for size in range(full):
         packet = leaving(family, address_of(A, family), **fields) / Raw(part[:size])
         assert node.out(packet).outcome == "drop_masq_unsupported"

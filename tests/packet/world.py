@@ -45,6 +45,9 @@ WORLD = {4: "203.0.113.7", 6: "2001:db8:9::7"}
 OTHER = {4: "203.0.113.8", 6: "2001:db8:9::8"}
 """Another one."""
 
+UNREACHABLE = {4: "198.18.0.1", 6: "2001:db8:dead::1"}
+"""An address to which the node has no route."""
+
 FAMILIES = (4, 6)
 KINDS = ("tcp", "udp", "echo")
 
@@ -77,7 +80,7 @@ SIZES = {
 }
 """Of the maps, in entries."""
 
-_STATE = ("flows", "owners", "inbound", "stack_flows", "fragments", "prefixes")
+_STATE = ("flows", "owners", "inbound", "fragments", "prefixes")
 
 
 class Node(Rig):
@@ -99,9 +102,7 @@ class Node(Rig):
         self.datapath.maps["uplinks"].update(self.uplink, {"ipv4": word("::"), "ipv6": word("::")})
         for address in NODE.values():
             self.datapath.maps["node_addresses"].update(word(address), 1)
-        endpoints = self.datapath.maps["endpoints"]
-        for key, value in endpoints.items():
-            endpoints.update(key, {**value, "via_stack": 0})
+        self.forget_stack_flows()
         self.growth()
 
     def configure(self, **changes: int) -> None:
@@ -131,7 +132,7 @@ class Node(Rig):
         """Run to_pod on what the host stack sends to a pod."""
         return self.run(packet, program="to_pod", pod=pod)
 
-    def entries(self, name: str) -> dict[tuple[str, int, str, int], Mapping[str, Any]]:
+    def entries(self, name: str) -> dict[tuple[str, int, str, int], Any]:
         """Return the entries of a map that is keyed by tuples: source, its port, destination, its port."""
         return {
             (
@@ -200,6 +201,7 @@ def _uplink(netns: int) -> int:
         ip("address", "add", address, "dev", UPLINK, *(["nodad"] if family == 6 else []))
         ip("neighbour", "add", ROUTER[family], "lladdr", ROUTER_MAC, "dev", UPLINK, "nud", "permanent")
         ip(f"-{family}", "route", "add", "default", "via", ROUTER[family])
+        ip(f"-{family}", "route", "add", "unreachable", UNREACHABLE[family])
     return socket.if_nametoindex(UPLINK)
 
 
@@ -243,6 +245,11 @@ def delivered(family: int, pod: Pod, source: str | None = None, **fields: object
 def from_pod(family: int, pod: Pod = A, destination: str | None = None, **fields: object) -> Packet:
     """Return the headers of what a pod sends to the world."""
     return frame(pod.mac, HOST_MAC, family, address_of(pod, family), destination or WORLD[family], **fields)
+
+
+def carrying(protocol: int, family: int) -> dict[str, Any]:
+    """Return the IP header's field that says what it carries."""
+    return {"proto" if family == 4 else "nh": protocol}
 
 
 def address_of(pod: Pod, family: int) -> str:
