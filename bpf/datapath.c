@@ -137,7 +137,7 @@ int to_uplink(struct __sk_buff *skb)
         return leave_from_pod(skb, &packet, pod, fast);
 
     struct transport transport = {};
-    if (node_addresses.lookup(&packet.source) && identify(skb, &packet, &transport))
+    if (skb->cb[0] != MASQUERADED && node_addresses.lookup(&packet.source) && identify(skb, &packet, &transport))
         reclaim_port(&transport);
     return punt(skb, OUTCOME(fwd_host_out));
 }
