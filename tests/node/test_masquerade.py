@@ -124,9 +124,12 @@ def test_world_pings_pod(node: Machine, pod: TestPod, world: Netns, family: int)
 @families
 def test_node_itself(node: Machine, world: Netns, family: int) -> None:
     """The node's own connections are left alone."""
-    with server(world, TCP, FAR[family], 7) as far, counted(node, fwd_host_out=3, fwd_host_in=2):
-        with client(node.netns, far, port=20000) as it:
-            assert it.ask() == (NODE[family], 20000)
+    with (
+        server(world, TCP, FAR[family], 7) as far,
+        counted(node, fwd_host_out=3, fwd_host_in=2),
+        client(node.netns, far, port=20000) as it,
+    ):
+        assert it.ask() == (NODE[family], 20000)
 
 
 @families
