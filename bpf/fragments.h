@@ -86,7 +86,7 @@ static bool identify_fragment(struct __sk_buff *skb, const struct packet *packet
     transport->unchecked = transport->part == PART_LATER;
     if (transport->unchecked)
         return recall_ports(transport);
-    return parse_ports(skb, packet, transport, payload) && transport->checksum_offset;
+    return parse_ports(skb, packet, transport, payload) && transport->complete;
 }
 
 /* Keeps a first fragment's ports for the others. */

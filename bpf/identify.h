@@ -16,6 +16,6 @@ static bool identify(struct __sk_buff *skb, const struct packet *packet, struct 
     if (packet->is_fragment)
         return identify_fragment(skb, packet, transport);
     if (parse_ports(skb, packet, transport, packet->header_end))
-        return transport->checksum_offset != 0;
+        return transport->complete;
     return identify_error(skb, packet, transport);
 }

@@ -20,6 +20,7 @@ struct transport {
     __u32 quoted;          /* of an ICMP error: where the packet begins that it quotes. Offsets and tuple are of that */
     __be32 identification; /* of a fragment */
     __u8 part;             /* PART_* */
+    __u8 complete;         /* all of the transport header is there */
     __u8 covers_addresses; /* the checksum includes the pseudo header */
     __u8 unchecked;        /* there is no checksum that changes with the rest: a later fragment, or UDP without one */
     __u8 tcp_flags;        /* of the TCP header, else 0 */
@@ -52,10 +53,14 @@ static void take_ports(struct transport *transport, __u32 offset, const __be16 *
 static bool parse_tcp(struct __sk_buff *skb, const struct packet *packet, struct transport *transport, __u32 offset,
                       const __be16 *start)
 {
+    __u32 checksum = offset + __builtin_offsetof(struct tcphdr, check);
+
     take_ports(transport, offset, start);
-    if (offset + sizeof(struct tcphdr) > packet->size)
+    if (checksum + sizeof(__be16) <= packet->size)
+        transport->checksum_offset = checksum;
+    transport->complete = offset + sizeof(struct tcphdr) <= packet->size;
+    if (!transport->complete)
         return true;
-    transport->checksum_offset = offset + __builtin_offsetof(struct tcphdr, check);
     return bpf_skb_load_bytes(skb, offset + 13, &transport->tcp_flags, sizeof(transport->tcp_flags)) == 0;
 }
 
@@ -63,6 +68,7 @@ static bool parse_udp(struct transport *transport, __u32 offset, const __be16 *s
 {
     take_ports(transport, offset, start);
     transport->checksum_offset = offset + __builtin_offsetof(struct udphdr, check);
+    transport->complete = 1;
     transport->unchecked = !start[3];
     transport->checksum_flags = BPF_F_MARK_MANGLED_0; /* none (0) stays none, and none comes to be */
     return true;
@@ -83,6 +89,7 @@ static bool parse_echo(const struct packet *packet, struct transport *transport,
         transport->tuple.source_port = start[2];
         transport->port_offset[0] = offset + 4;
     }
+    transport->complete = 1;
     transport->checksum_offset = offset + 2;
     transport->covers_addresses = packet->is_ipv6; /* RFC 4443 section 2.3, unlike RFC 792 */
     return true;

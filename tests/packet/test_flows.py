@@ -116,6 +116,9 @@ def test_the_node_changes_its_address(node: Node, kind: str, family: int) -> Non
     """A flow under an address that is no longer the node's goes on under the new one, and gives its port back."""
     former = {4: "192.0.2.99", 6: "2001:db8:1::99"}[family]
     out(node, kind, family)
+    ((key, owner),) = node.datapath.maps["owners"].items()
+    node.alter("owners")
+    node.datapath.maps["owners"].update({**key, "destination": word(former)}, owner)
     node.alter("flows", checked=LONG_AGO, address=word(former))
     ran = out(node, kind, family)
     assert ran.packet == built(leaving(family, NODE[family]) / request(kind, family, PORT))
@@ -206,6 +209,7 @@ def test_the_nodes_pings(node: Node, family: int) -> None:
     node.out(leaving(family, NODE[family]) / request("echo", family, PORT), fast=False)
     assert moved(out(node, "echo", family), "echo", family) != PORT
     assert back(node, "echo", family).outcome == "fwd_host_in"
+    assert len(node.entries("flows")) == 1  # the node's own answers make none
 
 
 @pytest.mark.parametrize(("kind", "family"), list(product(("tcp", "udp"), FAMILIES)))
