@@ -42,9 +42,9 @@ class Internet:
     def behind(cls, node: Machine) -> Internet:
         """Build it at the node's uplink, before the agent starts."""
         it = cls(node.add_uplink(), node.add_netns("far"), node.add_netns("world"))
-        for router in (it.near, it.far):
+        for router in (node.netns, it.near, it.far):
             router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
-            # As many errors as there are reasons; hosts and routers send few a second.
+            # As many errors as there are reasons: left alone, the kernel sends one a second to each destination.
             router.run("sysctl", "-qw", "net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0")
         join(it.near, it.far, "middle", ("203.0.113.1/24", "2001:db8:3::1/64"), ("203.0.113.2/24", "2001:db8:3::2/64"))
         join(

@@ -187,7 +187,7 @@ def converse(world: Netns, pod: Netns, family: int, question: bytes, attempts: i
             try:
                 answer = it.recv(65536)
             except OSError as error:
-                if attempts == 1 or not isinstance(error, TimeoutError) and error.errno != errno.EMSGSIZE:
+                if attempts == 1 or (not isinstance(error, TimeoutError) and error.errno != errno.EMSGSIZE):
                     raise
                 continue
             assert set(asked) == {NODE[family]}
