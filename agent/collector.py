@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
+from typing import Any
 
 from agent.datapath.maps import Map
 from agent.expiry import FlowStates, lifetimes, pauses
@@ -59,11 +60,12 @@ class Collector:
         settings: Settings,
         constants: Mapping[str, int],
         refused: Callable[[], int],
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`constants` are the C's numeric macros, of which FLOW_* are the states.
 
         `refused` tells how many new flows have failed so far for want of ports or space: when it grows, it is time to
-        look. It may raise KernelError.
+        look. It may raise KernelError. `clock` tells the time as bpf_ktime_get_coarse_ns does.
         """
         names = ("replied", "fin_out", "fin_in", "reset")
         self._lifetimes = lifetimes(settings, FlowStates(**{name: constants[f"FLOW_{name.upper()}"] for name in names}))
@@ -76,6 +78,7 @@ class Collector:
         self._age = flows.value.picker("state", "seen")
         self._owner = owners.value.picker("address", "port")
         self._refused = refused
+        self._clock = clock
         self._suspects: set[bytes] = set()
         self._scans = 0
         self.collected = {"flow": 0, "orphan": 0}
@@ -139,7 +142,7 @@ class Collector:
                 return
 
     def _collect_expired(self, keys: bytes, values: bytes) -> None:
-        now = time.monotonic_ns()  # the clock of bpf_ktime_get_coarse_ns
+        now = self._clock()
         rows = zip(self._protocol.iter_unpack(keys), self._age.iter_unpack(values), strict=True)
         expired = [
             number
@@ -158,12 +161,13 @@ class Collector:
         suspects: set[bytes] = set()
         total = 0
         for keys, values in self._batches(self._owners):
-            for number in range(len(keys) // self._owners.spec.key_size):
-                key = _row(keys, number, self._owners.spec.key_size)
-                flow = self.question(key, _row(values, number, self._owners.spec.value_size))
+            rows = zip(self._tuple.iter_unpack(keys), self._owner.iter_unpack(values), strict=True)
+            for number, (answer, owner) in enumerate(rows):
                 total += 1
-                if self._flows.get_bytes(flow) is not None:
+                flow = self._tuple.pack(*_question(answer, owner))
+                if self._flows.contains_bytes(flow):
                     continue
+                key = _row(keys, number, self._owners.spec.key_size)
                 if key not in self._suspects:
                     suspects.add(key)
                 elif self._delete_owner(key, flow):
@@ -176,7 +180,7 @@ class Collector:
         value = self._owners.get_bytes(key)
         if value is None or self.question(key, value) != flow_key:
             return False  # somebody else's by now
-        if self._flows.get_bytes(flow_key) is not None:
+        if self._flows.contains_bytes(flow_key):
             return False
         self._owners.delete_bytes(key)
         again = self._flows.get_bytes(flow_key)
@@ -198,9 +202,12 @@ class Collector:
 
     def question(self, key: bytes, value: bytes) -> bytes:
         """Return the key in `flows` that belongs to an entry of `owners`."""
-        outside, _, outside_port, _, protocol = self._tuple.unpack(key)
-        pod, pod_port = self._owner.unpack(value)
-        return self._tuple.pack(pod, outside, pod_port, outside_port, protocol)
+        return self._tuple.pack(*_question(self._tuple.unpack(key), self._owner.unpack(value)))
+
+
+def _question(answer: tuple[Any, ...], owner: tuple[Any, ...]) -> tuple[Any, ...]:
+    outside, _, outside_port, _, protocol = answer
+    return owner[0], outside, owner[1], outside_port, protocol
 
 
 def _row(data: bytes, number: int, size: int) -> bytes:

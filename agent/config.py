@@ -108,9 +108,9 @@ class Masquerade(_Model):
     """Highest one. The range limits the flows to one destination address, port and protocol; the agent reserves it in
     net.ipv4.ip_local_reserved_ports, so that the node itself picks from the rest."""
     max_flows: Annotated[int, Field(strict=True, ge=0, le=1 << 24)] = 0
-    """Flows at a time; each takes 320 bytes of kernel memory, which count as the agent's. Default 0: one for every 32 KB
-    of the node's memory, rounded down to a power of two, from 65,536 to 1,048,576: at most 1 % of it, with 2 GB or more.
-    A change forgets all flows."""
+    """Flows at a time; each takes 320 bytes of kernel memory, which count as the agent's. Default 0: one for every
+    32 KB of the node's memory, rounded down to a power of two, from 65,536 to 1,048,576: at most 1 % of it, with 2 GB
+    or more. A change forgets all flows."""
     tcp_open: _Seconds = 240
     """Seconds until a TCP flow that nobody has answered may be forgotten. Default: the least that RFC 5382 REQ-5
     allows."""

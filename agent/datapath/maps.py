@@ -39,6 +39,7 @@ class Map:
         # In a per-CPU map the kernel rounds each CPU's value up to 8 bytes.
         self._slot = (spec.value_size + 7) // 8 * 8 if self._per_cpu else spec.value_size
         self._bytes = self._slot * libbpf.possible_cpus() if self._per_cpu else self._slot
+        self._unread = ctypes.create_string_buffer(self._bytes)
 
     def get(self, key: object) -> Value | None:
         """Return the value of a key, or None."""
@@ -59,6 +60,11 @@ class Map:
     def delete(self, key: object) -> bool:
         """Delete a key; return whether it was there."""
         return self.delete_bytes(self.key.encode(key))
+
+    def contains_bytes(self, key: bytes) -> bool:
+        """Return whether a key, given as it stands in memory, is there."""
+        result = libbpf.library().bpf_map_lookup_elem(self.descriptor, key, self._unread)
+        return result != -errno.ENOENT and libbpf.checked(result, "look up in map", self.spec.name) == 0
 
     def get_bytes(self, key: bytes) -> bytes | None:
         """Return the value of a key, or None, both as they stand in memory."""
