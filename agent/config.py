@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from agent.state import Network
 from cni.call import explain
 
 IPV6_MIN_MTU = 1280  # bytes
-_V4_MAPPED = ip_network("::ffff:0:0/96")
+_V4_MAPPED = IPv6Network("::ffff:0:0/96")
 
 
 class ConfigError(Exception):
@@ -38,6 +38,14 @@ def _parse_network(value: object) -> Network:
     network = ip_network(str(value))  # says what is wrong, while pydantic's own types only say that something is
     if network.version == 6 and network.overlaps(_V4_MAPPED):
         raise ValueError(f"{network} has addresses that mean IPv4 ones (RFC 4291 section 2.5.5.2): give an IPv4 subnet")
+    return network
+
+
+def parse_prefix(value: object) -> Network:
+    """Return a prefix of either family, given in CIDR form, host bits zero. Raises ValueError."""
+    network = ip_network(str(value))
+    if isinstance(network, IPv6Network) and network.subnet_of(_V4_MAPPED):
+        raise ValueError(f"{network} means IPv4 addresses (RFC 4291 section 2.5.5.2): give an IPv4 prefix")
     return network
 
 
@@ -74,6 +82,73 @@ class Subnet(_Model):
         first = ip_address(self.first) if self.first else whole.first
         last = ip_address(self.last) if self.last else whole.last
         return Range(subnet=self.subnet, first=first, last=last)
+
+
+Prefix = Annotated[Network, BeforeValidator(parse_prefix)]
+_Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
+_Seconds = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+
+
+class Masquerade(_Model):
+    """How pods reach what lies outside the cluster: under their node's address.
+
+    Everything is masqueraded but what goes to the pods' own ranges, to link-local addresses and to
+    `non_masquerade_cidrs`.
+    """
+
+    enabled: bool = True
+    """Default: pods reach the world. Without it they leave the node under their own addresses."""
+    uplinks: tuple[str, ...] = ()
+    """Names of the devices that lead out, as shell patterns ("eth*"); Ethernet devices only. Default: found by their
+    routes and addresses (agent/netlink/uplinks.py has the rule)."""
+    first_port: _Port = 49152
+    """Lowest port, and ICMP identifier, that masqueraded flows have outside. Default: the dynamic ports (RFC 6335
+    section 6), far from NodePorts (30000-32767)."""
+    last_port: _Port = 65535
+    """Highest one. The range limits the flows to one destination address, port and protocol; the agent reserves it in
+    net.ipv4.ip_local_reserved_ports, so that the node itself picks from the rest."""
+    max_flows: Annotated[int, Field(strict=True, ge=0, le=1 << 24)] = 0
+    """Flows at a time; each takes 320 bytes of kernel memory, which count as the agent's. Default 0: one for every
+    32 KB of the node's memory, rounded down to a power of two, from 65,536 to 1,048,576: at most 1 % of it, with 2 GB
+    or more. A change forgets all flows."""
+    tcp_open: _Seconds = 240
+    """Seconds until a TCP flow that nobody has answered may be forgotten. Default: the least that RFC 5382 REQ-5
+    allows."""
+    tcp_established: _Seconds = 7440
+    """Seconds without a packet after which an open TCP flow may be forgotten. Default: the least that RFC 5382 REQ-5
+    allows (2 hours and 4 minutes: longer than TCP's keep-alive)."""
+    tcp_closed: _Seconds = 60
+    """Seconds after a reset, or the second FIN, until the port may be used again. Default: Linux's own TIME-WAIT."""
+    udp: _Seconds = 300
+    """Seconds without a packet after which a UDP flow may be forgotten. Default: what RFC 4787 REQ-5 recommends."""
+    icmp: _Seconds = 60
+    """Seconds after the last echo until it may be forgotten. Default: the least that RFC 5508 REQ-2 allows."""
+    stack_routes: bool = False
+    """Send everything that leaves the node through the host stack, for hosts whose firewall must see it. Default: past
+    it, which is faster."""
+    service_cidrs: tuple[Prefix, ...] = (parse_prefix("10.96.0.0/12"), parse_prefix("fd00:10:96::/112"))
+    """Addresses of services, in CIDR form: left to the host stack, and so to kube-proxy, which would not see what goes
+    past it. Default: those of most clusters (kubeadm, kind); must be given if the cluster has others."""
+    non_masquerade_cidrs: tuple[Prefix, ...] = ()
+    """Destinations that see the pods' own addresses; they must know the way back. Default none beside the pods' own
+    ranges: unlike RFC 1918 as a whole, which ip-masq-agent exempts, this works in any network."""
+    masq_link_local: bool = False
+    """Masquerade to 169.254.0.0/16. Default: as ip-masq-agent."""
+    masq_link_local_ipv6: bool = False
+    """Masquerade to fe80::/10. Default: as ip-masq-agent."""
+    config_file: Path | None = None
+    """An ip-masq-agent configuration (YAML or JSON; usually its ConfigMap, mounted) in place of the three fields above.
+    It is read again when it changes. Without the file or a key in it, ip-masq-agent's defaults apply, RFC 1918 among
+    them. Default: none."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Masquerade:
+        if self.first_port > self.last_port:
+            raise ValueError(f"first_port {self.first_port} is above last_port {self.last_port}")
+        beside = {"non_masquerade_cidrs", "masq_link_local", "masq_link_local_ipv6"} & self.model_fields_set
+        if self.config_file is not None and beside:
+            raise ValueError(f"config_file takes the place of {', '.join(sorted(beside))}: give either")
+        return self
 
 
 class Paths(_Model):
@@ -115,6 +190,8 @@ class Config(_Model):
     atomically; else clsact filters."""
     max_pods: Annotated[int, Field(strict=True, ge=1, le=65536)] = 1024
     """Size of the endpoint map in pods. Default: far above the 110 of a usual node, at 300 kB of kernel memory."""
+    masquerade: Masquerade = Masquerade()
+    """How pods reach the world. Default: under their node's address."""
     resync_seconds: Annotated[float, Field(strict=True, gt=0, le=3600)] = 5.0
     """How often the kernel is compared with what it should be, beside at every change that the kernel announces."""
     metrics: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$"), AfterValidator(_check_port)] = "127.0.0.1:9815"

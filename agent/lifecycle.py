@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from agent import netlink
-from agent.config import Config, Paths
-from agent.datapath import cache, loader, tables
+from agent import masquerade, netlink
+from agent.collector import Collector
+from agent.config import Config, ConfigError, Paths
+from agent.datapath import cache, entries, loader, tables
 from agent.datapath.source import CompileError
 from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
@@ -24,6 +26,7 @@ from agent.server import Server, observed
 from agent.spool import Spool
 from agent.state import KernelError
 from agent.store import Phase, Store, StoreError
+from agent.surroundings import Surroundings
 from agent.wiring import Wiring
 from cni.commands import handle
 from cni.errors import CniError
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
+_REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address
 
 
@@ -47,7 +51,7 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
         try:
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             spool, scratch = _start(config, metrics, readiness, cleanup)
-        except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
+        except (ConfigError, KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             raise StartError(str(error)) from error
         while not stop.is_set():
             spool.drain()
@@ -76,30 +80,27 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
     store = Store(config.paths.state / "ipam.db", [each.range() for each in config.ranges], boot_id)
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
-    wiring = Wiring()
+    wiring, surroundings = Wiring(), Surroundings(config)
     hooks = _hooks(config, datapath)
     loop = Loop(
         store=store,
-        tables=Tables(
-            endpoints=tables.EndpointTable(datapath.maps["endpoints"]),
-            hooks=hooks,
-            neighbours=netlink.NeighbourTable(),
-            routes=netlink.RouteTable(),
-            subnets=netlink.SubnetTable(),
-        ),
+        tables=_tables(datapath, hooks),
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,
         subnets=[each.subnet for each in config.ranges],
         resync_seconds=config.resync_seconds,
+        outside=surroundings.outside,
     )
     node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    _reserve_ports(config)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
     with _timed("attach", metrics):
         loop.start()
         cleanup.callback(loop.stop)
         loop.sync(_FIRST_PASS_SECONDS)
     datapath.prune()
+    _collect_flows(config, datapath, surroundings, metrics, cleanup)
     cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
     _release_leftovers(store, node, boot_id)
     scratch = ScratchPod(wiring, loop)
@@ -111,7 +112,46 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
     with _timed("compile", metrics):
         program = cache.compiled(config.paths.bpf_source, config.paths.state / "cache", defines={})
     with _timed("load", metrics):
-        return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD})
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        sizes = masquerade.map_sizes(config.masquerade, memory)
+        return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD, **sizes})
+
+
+def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
+    maps, constants = datapath.maps, datapath.constants
+    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    return Tables(
+        endpoints=entries.EndpointTable(maps["endpoints"]),
+        settings=entries.SettingsTable(maps["settings"]),
+        prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
+        node_addresses=entries.AddressTable(maps["node_addresses"]),
+        hooks=hooks,
+        uplinks=entries.UplinkTable(maps["uplinks"]),
+        neighbours=netlink.NeighbourTable(),
+        routes=netlink.RouteTable(),
+        subnets=netlink.SubnetTable(),
+    )
+
+
+def _reserve_ports(config: Config) -> None:
+    first, last = config.masquerade.first_port, config.masquerade.last_port
+    if config.masquerade.enabled and netlink.reserve_ports(first, last):
+        log.info("reserved for masquerading, in net.ipv4.ip_local_reserved_ports, ports=%d-%d", first, last)
+
+
+def _collect_flows(
+    config: Config, datapath: loader.Datapath, surroundings: Surroundings, metrics: Metrics, cleanup: ExitStack
+) -> None:
+    collector = Collector(
+        flows=datapath.maps["flows"],
+        owners=datapath.maps["owners"],
+        settings=masquerade.settings(config.masquerade),
+        constants=datapath.constants,
+        refused=lambda: sum(tables.outcomes(datapath)[name].packets for name in _REFUSALS),
+    )
+    metrics.watch_masquerade(collector, lambda: surroundings.known.uplinks)
+    collector.start()
+    cleanup.callback(collector.stop)
 
 
 def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:

@@ -1,4 +1,4 @@
-"""The one writer of the kernel's shared state: endpoints, hooks, neighbours and routes.
+"""The one writer of the kernel's shared state: the datapath's maps, hooks, neighbours and routes.
 
 Everything else only wakes it. A pass plans the whole desired state and applies the difference to what is known to be
 in the kernel; a full pass reads the kernel first, so that whatever was changed behind podlane's back is put back.
@@ -16,8 +16,21 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
 from agent.diff import diff
-from agent.plan import plan
-from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, Network, State, Table
+from agent.plan import Outside, plan
+from agent.state import (
+    Address,
+    Attached,
+    Endpoint,
+    Hook,
+    KernelError,
+    Lanes,
+    Neighbour,
+    Network,
+    Settings,
+    Sources,
+    State,
+    Table,
+)
 from agent.store import Phase, Pod, Store
 
 log = logging.getLogger(__name__)
@@ -28,10 +41,17 @@ _QUIET = 1.0  # seconds without a request, after which there is time for what ca
 
 @dataclass(frozen=True)
 class Tables:
-    """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`."""
+    """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
+
+    Uplinks come after hooks: `from_pod` sends nothing to an uplink before `to_uplink` runs there, nor after it stops.
+    """
 
     endpoints: Table[Address, Endpoint]
+    settings: Table[int, Settings]
+    prefixes: Table[Network, Lanes]
+    node_addresses: Table[Address, int]
     hooks: Table[Hook, Attached]
+    uplinks: Table[int, Sources]
     neighbours: Table[Neighbour, str]
     routes: Table[Address, int]
     subnets: Table[Network, Literal["unreachable"]]
@@ -76,7 +96,9 @@ class Loop:
         settle: Callable[[], bool],
         subnets: Sequence[Network],
         resync_seconds: float,
+        outside: Callable[[], Outside] = Outside,
     ) -> None:
+        """`outside` tells what the plan is made for; it is asked with every full pass, and may raise KernelError."""
         self._store = store
         self._tables = tables
         self._devices = devices
@@ -84,6 +106,8 @@ class Loop:
         self._settle = settle
         self._subnets = subnets
         self._interval = resync_seconds
+        self._ask_outside = outside
+        self._outside = Outside()
         self._known: State | None = None  # what is in the kernel, as far as we know
         self._failures: dict[str, str] = {}  # of the tables, by object
         self._device_failures: dict[str, str] = {}
@@ -202,11 +226,12 @@ class Loop:
         before, restored = self._known, []
         device_failures: dict[str, KernelError] = {}
         if full or before is None:
+            self._outside = self._ask_outside()
             restored = self._mend_devices(pods, device_failures)
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
         known = self._known
         assert known is not None
-        desired = plan(pods, self._devices.indexes(pods), self._subnets)
+        desired = plan(pods, self._devices.indexes(pods), self._subnets, self._outside)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)

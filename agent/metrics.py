@@ -21,14 +21,27 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from agent.collector import Collector as FlowCollector
+from agent.expiry import PROTOCOLS
 from agent.node import Readiness
 from agent.ranges import Range
-from agent.state import KernelError
+from agent.state import KernelError, Uplink
 
 # ADD takes some milliseconds; what matters is when it does not.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COMMANDS = ("ADD", "DEL", "STATUS")
-_REPAIR_KINDS = ("devices", "endpoints", "hooks", "neighbours", "routes", "subnets")
+_REPAIR_KINDS = (
+    "devices",
+    "endpoints",
+    "hooks",
+    "neighbours",
+    "node_addresses",
+    "prefixes",
+    "routes",
+    "settings",
+    "subnets",
+    "uplinks",
+)
 
 Outcomes = Callable[[], Mapping[str, tuple[int, int]]]
 """Returns packets and bytes by outcome."""
@@ -91,6 +104,10 @@ class Metrics:
         """Read these at every scrape, rather than keep copies of them."""
         self.registry.register(_Scraped(outcomes, usage, pods))
 
+    def watch_masquerade(self, flows: FlowCollector, uplinks: Callable[[], Mapping[str, Uplink]]) -> None:
+        """Likewise; of flows, what the last scan found."""
+        self.registry.register(_Masqueraded(flows, uplinks))
+
 
 class _Scraped(Collector):
     def __init__(
@@ -124,6 +141,50 @@ class _Scraped(Collector):
             used.add_metric([str(each.subnet)], count)
             free.add_metric([str(each.subnet)], each.size - count)
         yield from (used, free)
+
+
+class _Masqueraded(Collector):
+    def __init__(self, flows: FlowCollector, uplinks: Callable[[], Mapping[str, Uplink]]) -> None:
+        self._flows = flows
+        self._uplinks = uplinks
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        census = self._flows.census
+        flows = GaugeMetricFamily(
+            "podlane_masquerade_flows", "Masqueraded flows, as of the last scan.", labels=["protocol"]
+        )
+        for protocol, name in PROTOCOLS.items():
+            flows.add_metric([name], census.flows.get(protocol, 0))
+        fill = GaugeMetricFamily(
+            "podlane_map_fill_ratio", "How full a map is, of 1: at 1, new flows fail.", labels=["map"]
+        )
+        for name, ratio in census.fill.items():
+            fill.add_metric([name], ratio)
+        collected = CounterMetricFamily(
+            "podlane_masquerade_collected", "Expired flows, and halves of flows, that were removed.", labels=["kind"]
+        )
+        for kind, count in self._flows.collected.items():
+            collected.add_metric([kind], count)
+        destinations = GaugeMetricFamily(
+            "podlane_masquerade_destination_ports",
+            "Ports in use to the ten busiest destinations: when all are, new flows there fail.",
+            labels=["destination"],
+        )
+        for (address, port, protocol), ports in census.destinations.items():
+            host = f"[{address}]" if address.version == 6 else str(address)
+            destinations.add_metric([f"{host}:{port}/{PROTOCOLS[protocol]}"], ports)
+        yield from (flows, fill, collected, destinations, self._uplink_info())
+
+    def _uplink_info(self) -> Metric:
+        info = GaugeMetricFamily(
+            "podlane_uplink_info", "Always 1: a device that leads out.", labels=["device", "ipv4", "ipv6"]
+        )
+        for device, uplink in self._uplinks().items():
+            info.add_metric([device, str(uplink.sources.ipv4 or ""), str(uplink.sources.ipv6 or "")], 1)
+        return info
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):

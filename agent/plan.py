@@ -1,23 +1,42 @@
-"""What should be in the kernel: a pure function of the pods in the store and the devices that exist."""
+"""What should be in the kernel: a pure function of the pods in the store, the devices there are and what is outside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 
-from agent.state import Attached, Endpoint, Hook, Neighbour, Network, State
+from agent.state import Address, Attached, Endpoint, Hook, Lanes, Neighbour, Network, Settings, State, Uplink
 from agent.store import Phase, Pod
 
 
-def plan(pods: Iterable[Pod], indexes: Mapping[str, int], subnets: Iterable[Network] = ()) -> State:
+@dataclass(frozen=True)
+class Outside:
+    """All that the way out of the node depends on. `uplinks` are by device name."""
+
+    uplinks: Mapping[str, Uplink] = field(default_factory=dict)
+    node_addresses: frozenset[Address] = frozenset()
+    prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
+    settings: Settings | None = None
+
+
+def plan(
+    pods: Iterable[Pod],
+    indexes: Mapping[str, int],
+    subnets: Iterable[Network] = (),
+    outside: Outside | None = None,
+) -> State:
     """Return the desired state.
 
     `indexes` gives the interface index of each host-side device that exists; a pod whose device is missing gets
     nothing, since packets to it could go nowhere. A pod that is being released keeps its programs, which drop whatever
     it still sends, until its device is gone. What is of the node's own `subnets` and no pod's is unreachable: the
-    default route would send it away, and the world's routes send it back.
+    default route would send it away, and the world's routes send it back. Without `subnets` and `outside`, the state is
+    what these pods need, no more.
     """
     desired = State(subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"))
+    if outside is not None:
+        _plan_outside(desired, outside)
     for pod in pods:
         ifindex = indexes.get(pod.device)
         if ifindex is None:
@@ -27,6 +46,17 @@ def plan(pods: Iterable[Pod], indexes: Mapping[str, int], subnets: Iterable[Netw
         if pod.phase is not Phase.RELEASING:
             _plan_addresses(desired, pod, ifindex)
     return desired
+
+
+def _plan_outside(desired: State, outside: Outside) -> None:
+    if outside.settings is not None:
+        desired.settings[0] = outside.settings
+    desired.prefixes.update(outside.prefixes)
+    desired.node_addresses.update(dict.fromkeys(outside.node_addresses, 1))
+    for device, uplink in outside.uplinks.items():
+        desired.uplinks[uplink.ifindex] = uplink.sources
+        desired.hooks[Hook(device, "ingress")] = Attached(uplink.ifindex, "from_uplink")
+        desired.hooks[Hook(device, "egress")] = Attached(uplink.ifindex, "to_uplink")
 
 
 def _plan_addresses(desired: State, pod: Pod, ifindex: int) -> None:

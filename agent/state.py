@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeVar
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 Direction = Literal["ingress", "egress"]
-Program = Literal["from_pod", "to_pod"]
+Program = Literal["from_pod", "to_pod", "from_uplink", "to_uplink"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -34,7 +34,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One place on a device where a program runs; ingress of the host end sees what the pod sends."""
+    """One place on a device where a program runs; ingress of a pod's host end sees what the pod sends."""
 
     device: str
     direction: Direction
@@ -56,12 +56,57 @@ class Neighbour:
     ifindex: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Whom masqueraded packets pass for on one uplink, where the kernel cannot say it for each (before Linux 6.7)."""
+
+    ipv4: IPv4Address | None = None
+    ipv6: IPv6Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """A device that leads out of the node."""
+
+    ifindex: int
+    sources: Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """How packets to a prefix are treated: never masqueraded, and left to the host stack."""
+
+    native: bool = False
+    stack: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the datapath itself must know of the configuration; names are those of the C's `struct settings`."""
+
+    first_port: int
+    last_port: int
+    tcp_open: int
+    tcp_established: int
+    tcp_closed: int
+    udp: int
+    icmp: int
+    stack_routes: bool
+
+
 @dataclass(frozen=True)
 class State:
     """Everything podlane holds in the kernel beside the veth pairs, one mapping per table."""
 
     endpoints: dict[Address, Endpoint] = field(default_factory=dict)
+    settings: dict[int, Settings] = field(default_factory=dict)
+    """One entry, 0."""
+    prefixes: dict[Network, Lanes] = field(default_factory=dict)
+    node_addresses: dict[Address, int] = field(default_factory=dict)
+    """A set, in effect: the values are 1."""
     hooks: dict[Hook, Attached] = field(default_factory=dict)
+    uplinks: dict[int, Sources] = field(default_factory=dict)
+    """By interface index."""
     neighbours: dict[Neighbour, str] = field(default_factory=dict)
     routes: dict[Address, int] = field(default_factory=dict)
     subnets: dict[Network, Literal["unreachable"]] = field(default_factory=dict)

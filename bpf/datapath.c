@@ -5,24 +5,36 @@
  * Unknown means punt: what a program does not understand goes to the host stack, which routes, answers or
  * discards it as a router should. Only what would let a pod pass for somebody else is dropped.
  */
+#include <asm-generic/errno-base.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
 #include <linux/in6.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
 
 #include "counters.h"
 #include "deliver.h"
+#include "fragments.h"
+#include "icmp_error.h"
+#include "identify.h"
+#include "inbound.h"
+#include "leave.h"
 #include "maps.h"
+#include "masquerade.h"
 #include "parse.h"
+#include "ports.h"
+#include "rewrite.h"
 #include "spoofing.h"
+#include "stack.h"
+#include "transport.h"
 
 /* An IP packet from a pod: is it the pod's, and who carries it on? */
 static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
 {
-    /* IPv6 headers may not hold v4-mapped addresses; the maps do, so such a packet could pass for an IPv4 one. */
-    if (packet->is_ipv6 && (is_v4_mapped(&packet->source) || is_v4_mapped(&packet->destination)))
+    if (has_mapped_address(packet))
         return drop(skb, OUTCOME(drop_mapped_address));
 
     __u64 spoofed = spoofed_source(skb, packet);
@@ -40,12 +52,15 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     if (is_link_local(&packet->source) || is_link_local(&packet->destination))
         return punt(skb, OUTCOME(punt_link_local));
 
+    if (packet->via_stack && is_stack_flow(skb, packet))
+        return punt(skb, OUTCOME(punt_reply));
+
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
-        return punt(skb, OUTCOME(punt_host));
+        return leave(skb, packet);
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
-    return deliver(skb, packet, endpoint);
+    return deliver(skb, packet, endpoint, OUTCOME(fwd_local));
 }
 
 /* What a pod sends: ingress of the host end of its veth pair. */
@@ -73,5 +88,83 @@ int from_pod(struct __sk_buff *skb)
 /* What the host stack sends to a pod: egress of the host end of its veth pair. */
 int to_pod(struct __sk_buff *skb)
 {
+    struct packet packet = {};
+    struct transport transport = {};
+
+    if (parse(skb, &packet) == KIND_IP && !node_addresses.lookup(&packet.source) &&
+        identify(skb, &packet, &transport)) {
+        struct endpoint *pod = endpoints.lookup(&packet.destination);
+        if (pod)
+            keep_in_stack(&transport, pod);
+    }
     return punt(skb, OUTCOME(fwd_from_stack));
+}
+
+/* What a pod sends out of the node. `fast`: past the host stack. */
+static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct endpoint *pod, bool fast)
+{
+    struct transport transport = {};
+    bool known = identify(skb, packet, &transport);
+
+    if (known) {
+        remember_ports(&transport);
+        if (!fast)
+            keep_in_stack(&transport, pod);
+        if (is_reply(&transport))
+            return punt(skb, OUTCOME(fwd_reply));
+    }
+    if (is_native(packet))
+        return punt(skb, OUTCOME(fwd_native));
+    if (known)
+        return masquerade(skb, packet, &transport);
+    if (transport.part == PART_LATER)
+        return drop(skb, OUTCOME(drop_masq_fragment));
+    return drop(skb, OUTCOME(drop_masq_unsupported));
+}
+
+/* What leaves the node: egress of an uplink. The only place where masquerading happens. */
+int to_uplink(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    bool fast = skb->mark == FAST_MARK;
+
+    if (fast)
+        skb->mark = 0;
+    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
+        return punt(skb, OUTCOME(fwd_host_out));
+    struct endpoint *pod = endpoints.lookup(&packet.source);
+    if (pod)
+        return leave_from_pod(skb, &packet, pod, fast);
+
+    struct transport transport = {};
+    if (skb->cb[0] != MASQUERADED && node_addresses.lookup(&packet.source) && identify(skb, &packet, &transport))
+        reclaim_port(&transport);
+    return punt(skb, OUTCOME(fwd_host_out));
+}
+
+/* What comes from outside: ingress of an uplink. */
+int from_uplink(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+    __u64 outcome = OUTCOME(fwd_inbound);
+
+    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet) || skb->pkt_type != PACKET_HOST)
+        return punt(skb, OUTCOME(fwd_host_in));
+    bool known = identify(skb, &packet, &transport);
+    if (known && unmasquerade(skb, &packet, &transport))
+        outcome = OUTCOME(masq_in);
+
+    struct endpoint *pod = endpoints.lookup(&packet.destination);
+    if (!pod || is_link_local(&packet.destination))
+        return punt(skb, transport.part == PART_LATER ? OUTCOME(punt_fragment) : OUTCOME(fwd_host_in));
+    if (packet.has_options || packet.ttl <= 1)
+        return punt(skb, outcome);
+    if (pod->via_stack && (packet.is_fragment || (known && stack_flows.lookup(&transport.tuple))))
+        return punt(skb, outcome);
+    if (known && outcome == OUTCOME(fwd_inbound))
+        note_inbound(&transport);
+    if (packet.is_ipv6)
+        bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
+    return deliver(skb, &packet, pod, outcome);
 }

@@ -6,6 +6,12 @@
 #include "maps.h"
 #include "parse.h"
 
+/*
+ * By how much a hop changes the sum of an IPv6 header. Nothing in the packet makes up for that, so if the kernel keeps
+ * the packet's sum (CHECKSUM_COMPLETE, of some network cards) that must be told.
+ */
+#define HOP_LIMIT_DIFFERENCE bpf_htons(0xfffe)
+
 /* Takes one from the TTL or hop limit; the IPv4 checksum is updated, not recomputed (RFC 1624, eqn. 3). */
 static void decrement_ttl(void *ip, bool is_ipv6)
 {
@@ -19,7 +25,8 @@ static void decrement_ttl(void *ip, bool is_ipv6)
     header->ttl--;
 }
 
-static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint *endpoint)
+/* Counts `outcome` if it is delivered. */
+static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint *endpoint, __u64 outcome)
 {
     void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
     struct ethhdr *ethernet = data;
@@ -31,6 +38,6 @@ static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint
     /* It was sent to the host end's MAC, and every host end has the same: to the receiver we are its gateway. */
     __builtin_memcpy(ethernet->h_source, ethernet->h_dest, ETH_ALEN);
     __builtin_memcpy(ethernet->h_dest, endpoint->mac, ETH_ALEN);
-    count(skb, OUTCOME(fwd_local));
+    count(skb, outcome);
     return bpf_redirect_peer(endpoint->ifindex, 0);
 }

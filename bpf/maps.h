@@ -6,6 +6,10 @@
  */
 #pragma once
 
+/* Address families; no UAPI header has them. */
+#define AF_INET  2
+#define AF_INET6 10
+
 /* An IPv6 address, or an IPv4 one v4-mapped (::ffff:a.b.c.d, RFC 4291 section 2.5.5.2), in network byte
  * order. */
 struct addr {
@@ -16,7 +20,78 @@ struct addr {
 struct endpoint {
     __u32 ifindex;
     __u8 mac[ETH_ALEN];
-    __u16 reserved; /* zero; keeps the padding explicit */
+    __u16 via_stack; /* written by the datapath: some flow of this pod's is in `stack_flows` */
+};
+
+/*
+ * A flow as one of its packets shows it. For ICMP echo, the port of the side that asks is the identifier and the other
+ * one is 0, so that a request and its reply are each other's reverse, and no reply can be taken for a request.
+ */
+struct tuple {
+    struct addr source;
+    struct addr destination;
+    __be16 source_port;
+    __be16 destination_port;
+    __u8 protocol; /* of the IP header; reserved is zero */
+    __u8 reserved[3];
+};
+
+/* A masqueraded flow, under the tuple of the pod's packets: whom it passes for, and how far it has come. */
+struct flow {
+    struct addr address; /* the node's */
+    __be16 port;
+    __u8 state; /* FLOW_* */
+    __u8 reserved;
+    __u32 checked; /* when the other half was last known to be there, in units of 2^30 ns */
+    __u64 seen;    /* of the last packet in either direction: bpf_ktime_get_coarse_ns */
+};
+
+/* The other half, under the tuple of the answers: who is meant. Its creation is what allocates the port. */
+struct owner {
+    struct addr address; /* the pod's */
+    __be16 port;
+    __u8 reserved[2];
+};
+
+/* A datagram that comes in fragments (RFC 791; IPv6: RFC 8200 section 4.5), and the ports that only the first has. */
+struct fragment {
+    struct addr source;
+    struct addr destination;
+    __be32 identification;
+    __u8 protocol;
+    __u8 reserved[3];
+};
+
+struct ports {
+    __be16 source;
+    __be16 destination;
+};
+
+/* A device that leads out, and whom its packets pass for where the kernel cannot say (before Linux 6.7). */
+struct uplink {
+    struct addr ipv4;
+    struct addr ipv6;
+};
+
+/*
+ * What the agent's configuration sets. Time-outs are in seconds. Until it is written (last_port is 0), all that is not
+ * for a local pod goes through the host stack.
+ */
+struct settings {
+    __u32 first_port;
+    __u32 last_port;
+    __u32 tcp_open;        /* after SYN, before the answer (RFC 5382 REQ-5: transitory) */
+    __u32 tcp_established; /* RFC 5382 REQ-5 */
+    __u32 tcp_closed;      /* after RST, or FIN from both sides */
+    __u32 udp;             /* RFC 4787 REQ-5 */
+    __u32 icmp;            /* RFC 5508 REQ-2 */
+    __u32 stack_routes;    /* 1: what leaves the node goes through the host stack */
+};
+
+/* A prefix for the longest-prefix-match maps; IPv4 lengths count the 96 bits of the mapping. */
+struct prefix {
+    __u32 length;
+    struct addr address;
 };
 
 /* Packets and bytes as the device counts them: a GSO packet is one packet with all its bytes. */
@@ -31,19 +106,37 @@ struct counter {
  */
 struct outcomes {
     struct counter fwd_local;      /* from_pod: handed to another local pod, past the host stack */
+    struct counter fwd_uplink;     /* from_pod: sent out by an uplink, past the host stack */
     struct counter fwd_from_stack; /* to_pod: the host stack sent it to a pod */
+    struct counter fwd_inbound;    /* from_uplink: for a pod's own address */
+    struct counter fwd_host_in;    /* from_uplink: not for a pod */
+    struct counter fwd_host_out;   /* to_uplink: not from a pod */
+    struct counter fwd_native;     /* to_uplink: to where masquerading does not apply */
+    struct counter fwd_reply;      /* to_uplink: answers a flow that the other side opened */
+
+    struct counter masq_in;  /* from_uplink: an answer, given back to its pod */
+    struct counter masq_out; /* to_uplink: now the node's */
 
     struct counter punt_arp;
+    struct counter punt_fragment; /* from_uplink: a later one, and its first was for no pod */
     struct counter punt_host;
     struct counter punt_link_local;
     struct counter punt_malformed;
     struct counter punt_multicast;
+    struct counter punt_no_route;
     struct counter punt_options;
     struct counter punt_other_mac;
+    struct counter punt_reply;
+    struct counter punt_too_big;
     struct counter punt_ttl;
     struct counter punt_unknown_protocol;
 
     struct counter drop_mapped_address;
+    struct counter drop_masq_exhausted;
+    struct counter drop_masq_fragment;
+    struct counter drop_masq_full;
+    struct counter drop_masq_no_address;
+    struct counter drop_masq_unsupported;
     struct counter drop_spoofed_address;
     struct counter drop_spoofed_arp;
     struct counter drop_spoofed_mac;
@@ -56,3 +149,36 @@ BPF_TABLE("hash", struct addr, struct endpoint, endpoints, 1);
 
 /* One entry: the counters of this CPU. */
 BPF_TABLE("percpu_array", __u32, struct outcomes, outcomes, 1);
+
+/* The devices that lead out, by interface index. Written by the agent. */
+BPF_TABLE("hash", __u32, struct uplink, uplinks, 1);
+
+/* The node's own addresses; the values are unused. Written by the agent. */
+BPF_TABLE("hash", struct addr, __u8, node_addresses, 1);
+
+/* Destinations with lanes of their own: any of PREFIX_*, with those of shorter prefixes. Written by the agent. */
+#define PREFIX_NATIVE 1 /* never masqueraded: the cluster, nonMasqueradeCIDRs, link-local */
+#define PREFIX_STACK  2 /* for the host stack: service addresses */
+BPF_F_TABLE("lpm_trie", struct prefix, __u8, prefixes, 1, BPF_F_NO_PREALLOC);
+
+/* One entry. Written by the agent. */
+BPF_TABLE("array", __u32, struct settings, settings, 1);
+
+/* The two halves of masqueraded flows: not LRU, so that no flood of others can evict one. */
+BPF_TABLE("hash", struct tuple, struct flow, flows, 1);
+BPF_TABLE("hash", struct tuple, struct owner, owners, 1);
+
+/* Ports for later fragments: of pods' datagrams, and of answers to pods before they are given back. */
+BPF_TABLE("lru_hash", struct fragment, struct ports, fragments, 1);
+
+/*
+ * Flows that outsiders opened to a pod's own address, by the tuple of the pod's answers: those are not masqueraded. The
+ * value is when one was last seen: bpf_ktime_get_coarse_ns.
+ */
+BPF_TABLE("lru_hash", struct tuple, __u64, inbound, 1);
+
+/*
+ * Packets that must take the host stack, because earlier ones of their flow did: the kernel's conntrack may have
+ * changed those (a service address, a host port), and only it can change these back.
+ */
+BPF_TABLE("lru_hash", struct tuple, __u64, stack_flows, 1);

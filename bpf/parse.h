@@ -40,8 +40,13 @@ struct packet {
     struct addr destination;
     __u8 source_mac[ETH_ALEN];
     __u8 claimed_mac[ETH_ALEN]; /* the MAC inside an ARP message */
+    __u32 size;                 /* of the Ethernet header and the IP packet: what is beyond is padding */
+    __u32 header_end;           /* where the IP header ends, in the frame */
     __u8 ttl;
+    __u8 protocol;         /* of what follows the IP header, or the first extension header of IPv6 */
+    __u8 is_fragment;      /* any but a whole packet */
     __u8 has_options;      /* IPv4 options or an IPv6 hop-by-hop header: every router must look */
+    __u8 via_stack;        /* the source's endpoint says so; see maps.h */
     __u8 is_ipv6;          /* the header's family, not the addresses' looks */
     __u8 neighbour_type;   /* the ICMPv6 type if this is neighbour discovery, else 0 */
     struct addr neighbour; /* its target, if it has one */
@@ -71,6 +76,20 @@ static struct addr from_ipv6(const struct in6_addr *address)
 static bool is_v4_mapped(const struct addr *address)
 {
     return !address->word[0] && !address->word[1] && address->word[2] == IPV6_PREFIX_MAPPED;
+}
+
+static bool same_address(const struct addr *a, const struct addr *b)
+{
+    return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] && a->word[3] == b->word[3];
+}
+
+/*
+ * IPv6 headers may not hold v4-mapped addresses (draft-itojun-v6ops-v4mapped-harmful); the maps do, so such a packet
+ * could pass for an IPv4 one.
+ */
+static bool has_mapped_address(const struct packet *packet)
+{
+    return packet->is_ipv6 && (is_v4_mapped(&packet->source) || is_v4_mapped(&packet->destination));
 }
 
 /* 224.0.0.0/4, 255.255.255.255 or ff00::/8. Subnet broadcasts do not exist here: pods have /32 addresses. */
@@ -118,7 +137,11 @@ static enum kind parse_ipv4(struct __sk_buff *skb, struct packet *packet)
         return KIND_MALFORMED;
     packet->source = from_ipv4(ip->saddr);
     packet->destination = from_ipv4(ip->daddr);
+    packet->size = ETH_HLEN + size;
+    packet->header_end = ETH_HLEN + header;
     packet->ttl = ip->ttl;
+    packet->protocol = ip->protocol;
+    packet->is_fragment = (ip->frag_off & bpf_htons(0x3fff)) != 0; /* more fragments, or an offset */
     packet->has_options = header > sizeof(*ip);
     return KIND_IP;
 }
@@ -144,12 +167,17 @@ static enum kind parse_ipv6(struct __sk_buff *skb, struct packet *packet)
 
     if ((void *)(ip + 1) > end)
         return KIND_MALFORMED;
-    if (ip->version != 6 || bpf_ntohs(ip->payload_len) > skb->len - ETH_HLEN - sizeof(*ip))
+    __u32 size = bpf_ntohs(ip->payload_len);
+    if (ip->version != 6 || size > skb->len - ETH_HLEN - sizeof(*ip))
         return KIND_MALFORMED;
     packet->is_ipv6 = 1;
+    packet->header_end = ETH_HLEN + sizeof(*ip);
+    packet->size = size || !skb->gso_segs ? packet->header_end + size : skb->len; /* 0: BIG TCP, as with IPv4 */
     packet->source = from_ipv6(&ip->saddr);
     packet->destination = from_ipv6(&ip->daddr);
     packet->ttl = ip->hop_limit;
+    packet->protocol = ip->nexthdr;
+    packet->is_fragment = ip->nexthdr == IPPROTO_FRAGMENT;
     packet->has_options = ip->nexthdr == IPPROTO_HOPOPTS;
     if (ip->nexthdr == IPPROTO_ICMPV6)
         parse_neighbour_message(skb, packet);

@@ -18,7 +18,7 @@ from .source import CompileError, expand
 MAIN_SOURCE = "datapath.c"
 
 # Part of the cache's key: raise it whenever `object` or `compile` changes what it writes for the same source.
-_FORMAT = 1
+_FORMAT = 2
 
 # Compiling takes well under a second; a machine that is busy starting a node may need many times as long.
 _TIMEOUT_SECONDS = 120.0

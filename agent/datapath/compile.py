@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import struct
 import sys
 import sysconfig
@@ -42,6 +43,8 @@ _LD_IMM64 = 0x18
 _MAP_SOURCES = {1, 2}
 _INSTRUCTION = struct.Struct("<BBhi")
 
+_NUMERIC_MACRO = re.compile(r"^#define[ \t]+(\w+)[ \t]+(0x[0-9a-fA-F]+|[0-9]+)[ \t]*(?:/\*.*)?$", re.MULTILINE)
+
 
 def main() -> int:
     """Compile standard input and write the object to standard output; return the exit status."""
@@ -50,8 +53,9 @@ def main() -> int:
             _make_headers(Path(headers))
             os.environ["BCC_KERNEL_SOURCE"] = headers
             flags = [f"-I{path}" for path in _include_path()]
-            module = BPF(text=sys.stdin.read(), cflags=flags, allow_rlimit=False)
-            sys.stdout.write(_object(module).to_json())
+            source = sys.stdin.read()
+            module = BPF(text=source, cflags=flags, allow_rlimit=False)
+            sys.stdout.write(_object(module, source).to_json())
     except Exception as error:  # bcc raises nothing more specific; clang has already said why on stderr
         print(f"compile the datapath: {error}", file=sys.stderr)
         return 1
@@ -87,7 +91,7 @@ def _make_headers(tree: Path) -> None:
     (include / "linux/kconfig.h").write_text(_KCONFIG)
 
 
-def _object(module: BPF) -> Object:
+def _object(module: BPF, source: str) -> Object:
     handle = ctypes.c_void_p(module.module)
     lib.bpf_table_name.restype = ctypes.c_char_p
     lib.bpf_table_key_size_id.restype = lib.bpf_table_leaf_size_id.restype = ctypes.c_size_t
@@ -97,7 +101,13 @@ def _object(module: BPF) -> Object:
     return Object(
         maps=tuple(_map(handle, at, name) for at, name in enumerate(names)),
         programs=tuple(_program(name.decode(), module.dump_func(name), descriptors) for name in functions),
+        constants=_constants(source),
     )
+
+
+def _constants(source: str) -> dict[str, int]:
+    """Return the macros that are plain numbers: flags and kinds that map entries hold. bcc does not report them."""
+    return {name: int(value, 0) for name, value in _NUMERIC_MACRO.findall(source)}
 
 
 def _map(handle: ctypes.c_void_p, at: int, name: bytes) -> MapSpec:

@@ -38,13 +38,14 @@ class Datapath:
     """The datapath in the kernel; it owns the descriptors, and what is pinned outlives them.
 
     `programs` are descriptors and `program_ids` the kernel's identifiers, by name. `timings` are the seconds
-    that making or finding "maps" and "programs" took.
+    that making or finding "maps" and "programs" took. `constants` are the source's numeric macros.
     """
 
     maps: Mapping[str, Map]
     programs: Mapping[str, int]
     program_ids: Mapping[str, int]
     timings: Mapping[str, float]
+    constants: Mapping[str, int]
     _folders: tuple[Path, ...]
     _pins: frozenset[Path]
     _descriptors: ExitStack
@@ -98,7 +99,7 @@ def load(compiled: Object, pin_dir: Path, sizes: Mapping[str, int]) -> Datapath:
             programs[program.name] = _own(stack, _opened_program(program, path, maps))
         ids = {name: libbpf.program_info(descriptor, name).id for name, descriptor in programs.items()}
         timings = {"maps": maps_ready - started, "programs": time.monotonic() - maps_ready}
-        return Datapath(maps, programs, ids, timings, folders, frozenset(pins), stack.pop_all())
+        return Datapath(maps, programs, ids, timings, compiled.constants, folders, frozenset(pins), stack.pop_all())
 
 
 def _own(stack: ExitStack, descriptor: int) -> int:

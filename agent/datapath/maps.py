@@ -39,6 +39,7 @@ class Map:
         # In a per-CPU map the kernel rounds each CPU's value up to 8 bytes.
         self._slot = (spec.value_size + 7) // 8 * 8 if self._per_cpu else spec.value_size
         self._bytes = self._slot * libbpf.possible_cpus() if self._per_cpu else self._slot
+        self._unread = ctypes.create_string_buffer(self._bytes)
 
     def get(self, key: object) -> Value | None:
         """Return the value of a key, or None."""
@@ -54,14 +55,55 @@ class Map:
 
     def update(self, key: object, value: object, *, flags: int = 0) -> None:
         """Set the value of a key; with `flags` 1 the key must be new, with 2 it must exist (bpf(2))."""
-        key_bytes, value_bytes = self.key.encode(key), self._encoded(value)
-        result = libbpf.library().bpf_map_update_elem(self.descriptor, key_bytes, value_bytes, ctypes.c_uint64(flags))
-        libbpf.checked(result, "update map", self.spec.name)
+        self.update_bytes(self.key.encode(key), self._encoded(value), flags=flags)
 
     def delete(self, key: object) -> bool:
         """Delete a key; return whether it was there."""
-        result = libbpf.library().bpf_map_delete_elem(self.descriptor, self.key.encode(key))
+        return self.delete_bytes(self.key.encode(key))
+
+    def contains_bytes(self, key: bytes) -> bool:
+        """Return whether a key, given as it stands in memory, is there."""
+        result = libbpf.library().bpf_map_lookup_elem(self.descriptor, key, self._unread)
+        return result != -errno.ENOENT and libbpf.checked(result, "look up in map", self.spec.name) == 0
+
+    def get_bytes(self, key: bytes) -> bytes | None:
+        """Return the value of a key, or None, both as they stand in memory."""
+        return self._lookup(key)
+
+    def update_bytes(self, key: bytes, value: bytes, *, flags: int = 0) -> None:
+        """Set the value of a key, both as they stand in memory; `flags` as in `update`."""
+        result = libbpf.library().bpf_map_update_elem(self.descriptor, key, value, ctypes.c_uint64(flags))
+        libbpf.checked(result, "update map", self.spec.name)
+
+    def delete_bytes(self, key: bytes) -> bool:
+        """Delete a key, given as it stands in memory; return whether it was there."""
+        result = libbpf.library().bpf_map_delete_elem(self.descriptor, key)
         return result != -errno.ENOENT and libbpf.checked(result, "delete from map", self.spec.name) == 0
+
+    def batches(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield all keys and values as they stand in memory, some hundred at a time, one behind the other.
+
+        Entries written meanwhile may or may not be among them. Raises BpfError, also if the kernel has no batches for
+        this type of map.
+        """
+        position = None
+        size = min(_BATCH, self.spec.max_entries)
+        result = 0
+        while result != -errno.ENOENT:  # which says that this batch is the last
+            keys = ctypes.create_string_buffer(size * self.spec.key_size)
+            values = ctypes.create_string_buffer(size * self._bytes)
+            following = ctypes.create_string_buffer(max(self.spec.key_size, 8))
+            count = ctypes.c_uint32(size)
+            result = libbpf.library().bpf_map_lookup_batch(
+                self.descriptor, position, following, keys, values, ctypes.byref(count), None
+            )
+            if result == -errno.ENOSPC:  # one hash bucket alone holds more
+                size *= 2
+                continue
+            if result != -errno.ENOENT:
+                libbpf.checked(result, "list map", self.spec.name)
+            yield keys.raw[: count.value * self.spec.key_size], values.raw[: count.value * self._bytes]
+            position = following
 
     def items(self) -> Iterator[tuple[Value, Value]]:
         """Yield keys and values. Entries written meanwhile may or may not be among them."""
@@ -83,28 +125,9 @@ class Map:
         return value.raw
 
     def _batched_items(self) -> Iterator[tuple[bytes, bytes]]:
-        key_size = self.spec.key_size
-        position = None
-        size = min(_BATCH, self.spec.max_entries)
-        result = 0
-        while result != -errno.ENOENT:  # which says that this batch is the last
-            keys = ctypes.create_string_buffer(size * key_size)
-            values = ctypes.create_string_buffer(size * self._bytes)
-            following = ctypes.create_string_buffer(max(key_size, 8))
-            count = ctypes.c_uint32(size)
-            result = libbpf.library().bpf_map_lookup_batch(
-                self.descriptor, position, following, keys, values, ctypes.byref(count), None
-            )
-            if result == -errno.ENOSPC:  # one hash bucket alone holds more
-                size *= 2
-                continue
-            if result != -errno.ENOENT:
-                libbpf.checked(result, "list map", self.spec.name)
-            key_bytes, value_bytes = keys.raw, values.raw
-            for at in range(count.value):
-                value = value_bytes[at * self._bytes : (at + 1) * self._bytes]
-                yield key_bytes[at * key_size : (at + 1) * key_size], value
-            position = following
+        for keys, values in self.batches():
+            for at in range(len(keys) // self.spec.key_size):
+                yield _part(keys, at, self.spec.key_size), _part(values, at, self._bytes)
 
     def _single_items(self) -> Iterator[tuple[bytes, bytes]]:
         for key in self._keys():
@@ -136,6 +159,10 @@ class Map:
         if not self._per_cpu:
             return self.value.encode(value)
         return b"".join(self.value.encode(item).ljust(self._slot, b"\0") for item in value)
+
+
+def _part(data: bytes, at: int, size: int) -> bytes:
+    return data[at * size : (at + 1) * size]
 
 
 def _added(left: Value, right: Value) -> Value:

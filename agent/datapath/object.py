@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,10 +41,11 @@ class ProgramSpec:
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """Everything the source declares, in its order."""
+    """Everything the source declares, in its order, and its numeric macros by name."""
 
     maps: tuple[MapSpec, ...]
     programs: tuple[ProgramSpec, ...]
+    constants: Mapping[str, int]
 
     def to_json(self) -> str:
         """Return the object as one line of JSON; `from_json` is its inverse."""
@@ -55,7 +57,8 @@ class Object:
             }
             for program in self.programs
         ]
-        return json.dumps({"maps": [asdict(spec) for spec in self.maps], "programs": programs})
+        maps = [asdict(spec) for spec in self.maps]
+        return json.dumps({"maps": maps, "programs": programs, "constants": dict(self.constants)})
 
     @classmethod
     def from_json(cls, text: str) -> Object:
@@ -72,6 +75,7 @@ class Object:
                     )
                     for program in document["programs"]
                 ),
+                constants={str(name): int(value) for name, value in document["constants"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a compiled datapath: {error}") from error

@@ -1,22 +1,20 @@
-"""The datapath's tables as the agent's loop sees them: endpoints, hooks (by tcx links), outcome counters."""
+"""Hooks by tcx links, as the agent's loop sees them, and the outcome counters."""
 
 from __future__ import annotations
 
 import errno
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from ipaddress import IPv6Address
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from ..state import Address, Attached, Endpoint, Hook, KernelError
+from ..state import Attached, Hook, KernelError
 from . import libbpf
-from .layout import Value
+from .entries import EndpointTable, failures
 from .loader import Datapath
-from .maps import Map
 
-K = TypeVar("K")
+__all__ = ["Count", "EndpointTable", "TcxHooks", "outcomes", "tcx_supported"]
 
 _ATTACH_TYPES = {"ingress": libbpf.TCX_INGRESS, "egress": libbpf.TCX_EGRESS}
 
@@ -52,28 +50,6 @@ def tcx_supported() -> bool:
     return True
 
 
-class EndpointTable:
-    """The map `endpoints`: the local pods by address. All of its entries are podlane's."""
-
-    def __init__(self, endpoints: Map) -> None:
-        self._map = endpoints
-
-    def read(self) -> dict[Address, Endpoint]:
-        """Return all endpoints."""
-        return {
-            _address(key): Endpoint(ifindex=value["ifindex"], mac=value["mac"].hex(":"))
-            for key, value in self._map.items()
-        }
-
-    def upsert(self, items: Mapping[Address, Endpoint]) -> dict[Address, KernelError]:
-        """Create or replace endpoints; return the failures."""
-        return _failures(items, lambda address: self._map.update(_key(address), _value(items[address])))
-
-    def delete(self, keys: Iterable[Address]) -> dict[Address, KernelError]:
-        """Delete endpoints; return the failures."""
-        return _failures(keys, lambda address: self._map.delete(_key(address)))
-
-
 class TcxHooks:
     """Programs at devices' hooks, by links pinned as `<pin dir>/links/<device>:<direction>`.
 
@@ -100,11 +76,11 @@ class TcxHooks:
 
     def upsert(self, items: Mapping[Hook, Attached]) -> dict[Hook, KernelError]:
         """Attach programs; one that replaces another does so between two packets. Return the failures."""
-        return _failures(items, lambda hook: self._attach(hook, items[hook]))
+        return failures(items, lambda hook: self._attach(hook, items[hook]))
 
     def delete(self, keys: Iterable[Hook]) -> dict[Hook, KernelError]:
         """Detach programs; return the failures."""
-        return _failures(keys, self._detach)
+        return failures(keys, self._detach)
 
     def _attach(self, hook: Hook, wanted: Attached) -> None:
         what = f"{wanted.program} at {hook.direction} of {hook.device} (index {wanted.ifindex})"
@@ -120,9 +96,25 @@ class TcxHooks:
                     return
         self._detach(hook)
         libbpf.make_folder(self._links)
-        created = libbpf.link_create(program, wanted.ifindex, _ATTACH_TYPES[hook.direction], what)
+        try:
+            created = libbpf.link_create(program, wanted.ifindex, _ATTACH_TYPES[hook.direction], what)
+        except libbpf.BpfError as error:
+            if error.errno == errno.EEXIST and self._adopt(hook, wanted):
+                return
+            raise
         with libbpf.closing(created):
             libbpf.pin(created, pin)
+
+    def _adopt(self, hook: Hook, wanted: Attached) -> bool:
+        """Give a renamed device's link its new name; return whether there was one.
+
+        The kernel attaches no program twice at one hook, so the new link could only follow on the old one's end.
+        """
+        for old, attached in self.read().items():
+            if (old.direction, attached) == (hook.direction, wanted):
+                self._pin(old).rename(self._pin(hook))
+                return True
+        return False
 
     def _detach(self, hook: Hook) -> None:
         pin = self._pin(hook)
@@ -152,28 +144,3 @@ class TcxHooks:
 def _hook(pin_name: str) -> Hook:
     device, _, direction = pin_name.rpartition(":")
     return Hook(device.replace("%", "."), "ingress" if direction == "ingress" else "egress")
-
-
-def _failures(keys: Iterable[K], operation: Callable[[K], object]) -> dict[K, KernelError]:
-    failures: dict[K, KernelError] = {}
-    for key in keys:
-        try:
-            operation(key)
-        except KernelError as error:
-            failures[key] = error
-    return failures
-
-
-def _key(address: Address) -> dict[str, bytes]:
-    """Return the 128-bit form: an IPv4 address v4-mapped (RFC 4291 section 2.5.5.2)."""
-    mapped = address if isinstance(address, IPv6Address) else IPv6Address(f"::ffff:{address}")
-    return {"word": mapped.packed}
-
-
-def _address(key: Value) -> Address:
-    address = IPv6Address(struct.pack("=4I", *key["word"]))
-    return address.ipv4_mapped or address
-
-
-def _value(endpoint: Endpoint) -> dict[str, object]:
-    return {"ifindex": endpoint.ifindex, "mac": bytes.fromhex(endpoint.mac.replace(":", ""))}

@@ -12,6 +12,10 @@ from . import libbpf
 _ROOM = 256
 
 
+CHECKSUM_COMPLETE = 4
+"""Flag: the kernel keeps the packet's sum, as for some network cards; a program that breaks it fails (EBADMSG)."""
+
+
 class SkBuff(Structure):
     """struct __sk_buff (linux/bpf.h), the packet's context as programs see it.
 
@@ -59,7 +63,7 @@ class _Options(Structure):
     ]
 
 
-def run(program: int, packet: bytes, *, context: SkBuff | None = None, repeat: int = 1) -> Result:
+def run(program: int, packet: bytes, *, context: SkBuff | None = None, repeat: int = 1, flags: int = 0) -> Result:
     """Run the program, given by descriptor, `repeat` times on an Ethernet frame of at least 14 bytes.
 
     The verdict is signed as TC_ACT_* are (TC_ACT_UNSPEC is -1). A redirect is only a verdict here: the packet
@@ -80,6 +84,7 @@ def run(program: int, packet: bytes, *, context: SkBuff | None = None, repeat: i
         ctx_size_in=ctypes.sizeof(before),
         ctx_size_out=ctypes.sizeof(after),
         repeat=repeat,
+        flags=flags,
     )
     code = libbpf.library().bpf_prog_test_run_opts(program, byref(options))
     libbpf.checked(code, "test-run program", f"on {len(packet)} bytes")

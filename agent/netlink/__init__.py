@@ -1,4 +1,4 @@
-"""What the agent asks of the kernel over netlink: veth pairs, addresses, host routes, neighbours, clsact.
+"""What the agent asks of the kernel over netlink: veth pairs, uplinks, addresses, host routes, neighbours, clsact.
 
 The only package that imports pyroute2. Every function acts in the network namespace of the calling thread,
 opens its own socket (5 µs) and keeps nothing: any number of threads may call. Every refusal is a
@@ -19,7 +19,9 @@ from agent.netlink.devices import (
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
 from agent.netlink.pods import InterfaceExists, configure_pod, create_pair, raise_host
+from agent.netlink.sysctl import reserve_ports
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
+from agent.netlink.uplinks import node_addresses, uplinks
 
 __all__ = [
     "ALIAS_PREFIX",
@@ -39,7 +41,10 @@ __all__ = [
     "index",
     "is_netns",
     "netns_cookie",
+    "node_addresses",
     "raise_host",
+    "reserve_ports",
     "same_netns",
     "uplink_mtu",
+    "uplinks",
 ]

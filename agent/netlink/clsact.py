@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pyroute2.netlink.rtnl import (
     RTM_DELQDISC,
     RTM_DELTFILTER,
+    RTM_GETQDISC,
     RTM_GETTFILTER,
     RTM_NEWQDISC,
     RTM_NEWTFILTER,
@@ -16,9 +17,9 @@ from pyroute2.netlink.rtnl import (
 )
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
-from agent.netlink.channel import Request, attributes, dump, perform, request
-from agent.netlink.devices import NAME_PREFIX, devices, index
-from agent.netlink.rtnl import ADD, FILTER, PROTOCOL, PUT, TCA_BPF_ID, TCA_BPF_NAME, TCA_OPTIONS, text, u32
+from agent.netlink.channel import Request, attributes, dump, errno_of, execute, perform, request
+from agent.netlink.devices import devices, index, name_of
+from agent.netlink.rtnl import ADD, FILTER, PROTOCOL, PUT, TCA_BPF_ID, TCA_BPF_NAME, TCA_KIND, TCA_OPTIONS, text, u32
 from agent.state import Attached, Direction, Hook, KernelError
 
 # linux/pkt_sched.h: TC_H_MIN_INGRESS and TC_H_MIN_EGRESS of TC_H_CLSACT
@@ -34,16 +35,21 @@ NO_FILTER = (errno.ENOENT, errno.ENODEV, errno.EINVAL)  # EINVAL: the device has
 
 
 class ClsactHooks:
-    """`Table[Hook, Attached]`: which of podlane's programs runs at which hook of its own devices."""
+    """`Table[Hook, Attached]`: which of podlane's programs runs at which hook, of its own devices and of uplinks.
+
+    A filter is podlane's by its place and its name. A clsact qdisc is, on podlane's own devices, and where this very
+    object made it: elsewhere it stays, though empty, since somebody else may count on it.
+    """
 
     def __init__(self, programs: Mapping[str, int], ids: Mapping[str, int]) -> None:
         """Take the loaded programs: by name, their file descriptors and their kernel ids."""
         self._programs = programs
         self._names = {number: name for name, number in ids.items()}
+        self._made: set[int] = set()  # devices whose qdisc we have made
 
     def read(self) -> dict[Hook, Attached]:
         """Return what podlane's filters run, "stale:ID" if it is not a loaded program. Raises KernelError."""
-        hooks = [(Hook(name, at), number) for name, number in devices().items() for at in PARENT]
+        hooks = [(Hook(name, at), number) for name, number in _with_clsact().items() for at in PARENT]
         running = ((hook, number, _running(hook, number)) for hook, number in hooks)
         return {
             hook: Attached(number, self._names.get(program, f"stale:{program}"))
@@ -56,7 +62,7 @@ class ClsactHooks:
         failures: dict[Hook, KernelError] = {}
         for hook, wanted in items.items():
             try:
-                perform(self._attach(hook, wanted))
+                self._attach(hook, wanted)
             except KernelError as error:
                 failures[hook] = error
         return failures
@@ -70,15 +76,14 @@ class ClsactHooks:
                 continue
             try:
                 perform([_delete_filter(hook, number)])
-                _delete_unused_qdisc(hook.device, number)
+                if number in self._made or hook.device in devices():
+                    _delete_unused_qdisc(hook.device, number)
             except KernelError as error:
                 failures[hook] = error
         return failures
 
-    def _attach(self, hook: Hook, wanted: Attached) -> list[Request]:
+    def _attach(self, hook: Hook, wanted: Attached) -> None:
         what = f"attach {wanted.program} at {hook.direction} of {hook.device}"
-        if not hook.device.startswith(NAME_PREFIX):
-            raise KernelError(f"{what}: only devices {NAME_PREFIX}… are podlane's")
         if wanted.program not in self._programs:
             raise KernelError(f"{what}: no such program is loaded")
         options = [
@@ -90,20 +95,28 @@ class ClsactHooks:
         # tc filter replace dev DEVICE ingress prio 112 handle 112 bpf direct-action pinned PROGRAM
         kind = [("TCA_KIND", "clsact")]
         filter_ = [("TCA_KIND", "bpf"), ("TCA_OPTIONS", {"attrs": options})]
-        there = (errno.EEXIST,)
+        qdisc = request(what, tcmsg, RTM_NEWQDISC, ADD, fields=_qdisc(wanted.ifindex), attributes=kind)
         place = _place(hook, wanted.ifindex)
-        return [
-            request(
-                what,
-                tcmsg,
-                RTM_NEWQDISC,
-                ADD,
-                fields=_qdisc(wanted.ifindex),
-                attributes=kind,
-                tolerated=there,
-            ),
-            request(what, tcmsg, RTM_NEWTFILTER, PUT, fields=place, attributes=filter_),
-        ]
+        made, attached = execute([qdisc, request(what, tcmsg, RTM_NEWTFILTER, PUT, fields=place, attributes=filter_)])
+        if made is None:
+            self._made.add(wanted.ifindex)
+        elif errno_of(made) != errno.EEXIST:
+            raise made
+        if attached:
+            raise attached
+
+
+def _with_clsact() -> dict[str, int]:
+    """Return the devices that have a clsact qdisc, name to index."""
+    # tc qdisc show
+    found = {}
+    for answer in dump(request("list qdiscs", tcmsg, RTM_GETQDISC)):
+        _, number, _, parent, _ = FILTER.unpack_from(answer.body)
+        if answer.type == RTM_NEWQDISC and parent == TC_H_CLSACT:
+            kind = attributes(answer.body, FILTER.size).get(TCA_KIND, b"")
+            if text(kind) == "clsact" and (name := name_of(number)):
+                found[name] = number
+    return found
 
 
 def _running(hook: Hook, number: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from pyroute2.netlink.rtnl import (
     RTM_DELLINK,
@@ -49,20 +50,43 @@ RTEXT_FILTER_SKIP_STATS = 8  # linux/rtnetlink.h
 IFF_LOOPBACK = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network device: index, hardware type (ARPHRD_…), flags (IFF_…), and netlink attributes (IFLA_…)."""
+
+    index: int
+    type: int
+    flags: int
+    attributes: dict[int, bytes]
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return text(self.attributes[IFLA_IFNAME])
+
+
 def devices() -> dict[str, int]:
     """Return the host ends of podlane's veth pairs, name to index. Raises KernelError."""
-    return {name: number for name, number, _ in _host_ends()}
+    return {link.name: link.index for link in _host_ends()}
 
 
 def fallen_devices() -> set[str]:
     """Return the names of those host ends that are administratively down. Raises KernelError."""
-    return {name for name, _, flags in _host_ends() if not flags & IFF_UP}
+    return {link.name for link in _host_ends() if not link.flags & IFF_UP}
 
 
 def index(name: str) -> int | None:
     """Return the index of a device, or None if there is no such device."""
     try:
         return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def name_of(number: int) -> str | None:
+    """Return the name of the device with an index, or None if there is no such device."""
+    try:
+        return socket.if_indextoname(number)
     except OSError:
         return None
 
@@ -81,8 +105,8 @@ def uplink_mtu() -> int:
     The smallest among the devices of the default routes; without one, among the devices with a global
     address; else that of Ethernet.
     """
-    mtus = {number: u32(link[IFLA_MTU]) for number, flags, link in _links([]) if not flags & IFF_LOOPBACK}
-    for uplinks in (_default_route_devices(), _addressed_devices()):
+    mtus = {link.index: u32(link.attributes[IFLA_MTU]) for link in links() if not link.flags & IFF_LOOPBACK}
+    for uplinks in (default_route_devices(), _addressed_devices()):
         if known := [mtus[number] for number in uplinks if number in mtus]:
             return min(known)
     return DEFAULT_MTU
@@ -95,26 +119,29 @@ def enable_forwarding() -> None:
         sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
 
 
-def _host_ends() -> Iterator[tuple[str, int, int]]:
-    """Yield name, index and flags of the host ends of podlane's veth pairs."""
-    # ip link show type veth
-    kind = {"attrs": [("IFLA_INFO_KIND", "veth")]}
-    for number, flags, link in _links([("IFLA_LINKINFO", kind)]):
-        name, alias = text(link[IFLA_IFNAME]), text(link.get(IFLA_IFALIAS, b""))
-        if name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX):
-            yield name, number, flags
+def is_host_end(link: Link) -> bool:
+    """Say whether a device is the host end of a pod's veth pair."""
+    alias = text(link.attributes.get(IFLA_IFALIAS, b""))
+    return link.name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX)
 
 
-def _links(filters: list[tuple[str, object]]) -> Iterator[tuple[int, int, dict[int, bytes]]]:
-    """Yield index, flags and attributes of the devices that pass the filters."""
+def links(*filters: tuple[str, object]) -> Iterator[Link]:
+    """Yield the devices that pass the filters (attributes of a dump request). Raises KernelError."""
     wanted = [("IFLA_EXT_MASK", RTEXT_FILTER_SKIP_STATS), *filters]
     for answer in dump(request("list devices", ifinfmsg, RTM_GETLINK, attributes=wanted)):
         if answer.type == RTM_NEWLINK:
-            _, _, number, flags, _ = LINK.unpack_from(answer.body)
-            yield number, flags, attributes(answer.body, LINK.size)
+            _, hardware, number, flags, _ = LINK.unpack_from(answer.body)
+            yield Link(number, hardware, flags, attributes(answer.body, LINK.size))
 
 
-def _default_route_devices() -> set[int]:
+def _host_ends() -> Iterator[Link]:
+    # ip link show type veth
+    kind = {"attrs": [("IFLA_INFO_KIND", "veth")]}
+    return (link for link in links(("IFLA_LINKINFO", kind)) if is_host_end(link))
+
+
+def default_route_devices() -> set[int]:
+    """Return the indexes of the devices that default routes of the main table use. Raises KernelError."""
     # ip route show table main default; ip -6 route show table main default
     found: set[int] = set()
     for family in FAMILY.values():

@@ -1,4 +1,4 @@
-"""Tells the loop that devices, routes or neighbours changed, so that a repair need not wait for its turn."""
+"""Tells the loop that devices, addresses, routes or neighbours changed, so that what follows need not wait."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from collections.abc import Callable
 from types import TracebackType
 
 from pyroute2.netlink.rtnl import (
+    RTM_DELADDR,
     RTM_DELLINK,
     RTM_DELNEIGH,
     RTM_DELROUTE,
+    RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
     RTM_NEWROUTE,
 )
 
 from agent.netlink.channel import RECEIVE, Message, kernel_error, messages
-from agent.netlink.devices import ALIAS_PREFIX
 from agent.netlink.rtnl import NDA_PROTOCOL, PROTOCOL, ROUTE
 
-# linux/rtnetlink.h, enum rtnetlink_groups: LINK, NEIGH, IPV4_ROUTE, IPV6_ROUTE
-GROUPS = sum(1 << (group - 1) for group in (1, 3, 7, 11))
-# As they stand in a message. Decoding each one would cost a busy node far more than what it tells.
-OUR_ALIAS = ALIAS_PREFIX.encode()
+# linux/rtnetlink.h, enum rtnetlink_groups: LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+GROUPS = sum(1 << (group - 1) for group in (1, 3, 5, 7, 9, 11))
+# Any device may be an uplink, or become one: by its name, its kind or its addresses.
+ALWAYS = {RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR}
+# As it stands in a message. Decoding each one would cost a busy node far more than what it tells.
 OUR_NEIGHBOUR = struct.pack("=HHBxxx", 5, NDA_PROTOCOL, PROTOCOL)
 
 
 class Monitor:
-    """Calls `changed`, from a thread of its own, when something of podlane's has changed in the kernel.
+    """Calls `changed`, from a thread of its own, when something has changed in the kernel that podlane builds on.
+
+    That is: devices and addresses, default routes, podlane's own routes and neighbours.
 
     Once per burst, and also when the kernel could not deliver all news (ENOBUFS). A context manager: the
     thread runs within. For use once.
@@ -46,7 +50,7 @@ class Monitor:
         try:
             self._news = _subscribe()
         except OSError as error:
-            raise kernel_error("subscribe to changes of devices, routes and neighbours", error) from error
+            raise kernel_error("subscribe to changes of devices, addresses, routes and neighbours", error) from error
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread.start()
         return self
@@ -76,22 +80,23 @@ def _subscribe() -> socket.socket:
 
 
 def _drain(news: socket.socket) -> bool:
-    """Take all that is there; say whether any of it, or of what the kernel left out, may be podlane's."""
-    ours = False
+    """Take all that is there; say whether any of it, or of what the kernel left out, may concern podlane."""
+    concerned = False
     while True:
         try:
-            ours |= any(_is_ours(message) for message in messages(news.recv(RECEIVE)))
+            concerned |= any(_concerns_us(message) for message in messages(news.recv(RECEIVE)))
         except BlockingIOError:
-            return ours
+            return concerned
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
-            ours = True
+            concerned = True
 
 
-def _is_ours(message: Message) -> bool:
+def _concerns_us(message: Message) -> bool:
     if message.type in (RTM_NEWROUTE, RTM_DELROUTE):
-        return bool(ROUTE.unpack_from(message.body)[3] == PROTOCOL)
+        _, bits, _, protocol, _, _, _ = ROUTE.unpack_from(message.body)
+        return bool(protocol == PROTOCOL or bits == 0)
     if message.type in (RTM_NEWNEIGH, RTM_DELNEIGH):
         return OUR_NEIGHBOUR in message.body
-    return message.type in (RTM_NEWLINK, RTM_DELLINK) and OUR_ALIAS in message.body
+    return message.type in ALWAYS

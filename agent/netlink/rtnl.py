@@ -21,17 +21,19 @@ RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 
 # The fixed parts of messages, before their attributes.
-LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type (ARPHRD_…), index, flags, change
 ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, index
 ROUTE = struct.Struct("=BBxxBBBBI")  # struct rtmsg: family, prefix length, table, protocol, scope, type, flags
 NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, flags, type
 FILTER = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
 NEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, index
 
-IFLA_IFNAME, IFLA_MTU, IFLA_IFALIAS = 3, 4, 20
+IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 3, 4, 18, 20
+IFLA_INFO_KIND = 1
+IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
 NDA_DST, NDA_LLADDR, NDA_PROTOCOL = 1, 2, 12
-TCA_OPTIONS, TCA_BPF_NAME, TCA_BPF_ID = 2, 7, 11
+TCA_KIND, TCA_OPTIONS, TCA_BPF_NAME, TCA_BPF_ID = 1, 2, 7, 11
 
 
 def u32(value: bytes) -> int:

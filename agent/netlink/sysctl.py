@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from agent.netlink.channel import kernel_error
+from agent.state import KernelError
+
+RESERVED_PORTS = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 
 
 def ensure(name: str, value: str) -> None:
@@ -26,3 +30,37 @@ def ensure(name: str, value: str) -> None:
 def ipv6_present() -> bool:
     """Say whether the kernel knows IPv6 at all (it may be booted with ipv6.disable=1)."""
     return os.path.exists("/proc/sys/net/ipv6")  # noqa: PTH110 - for every pod, and pathlib costs twice as much
+
+
+def reserve_ports(first: int, last: int) -> bool:
+    """Keep the kernel from choosing these ports for connections of the node's own; what others reserved stays so.
+
+    Returns whether they were not reserved before. Raises KernelError.
+    """
+    try:
+        before = RESERVED_PORTS.read_text()
+        wanted = with_range(before, first, last)
+        if wanted == before.strip():
+            return False
+        RESERVED_PORTS.write_text(wanted)
+    except OSError as error:
+        raise kernel_error(f"reserve the ports {first}-{last}", error) from error
+    except ValueError as error:
+        raise KernelError(f"reserve the ports {first}-{last}: {RESERVED_PORTS} is not a list of ports") from error
+    return True
+
+
+def with_range(ports: str, first: int, last: int) -> str:
+    """Return a list of ports as the kernel writes it ("8080,30000-32767") with one more range in it.
+
+    Raises ValueError if it is no such list.
+    """
+    spans = [span.partition("-") for span in ports.strip().split(",") if span]
+    known = sorted([(int(low), int(high or low)) for low, _, high in spans] + [(first, last)])
+    merged = [known[0]]
+    for low, high in known[1:]:
+        if low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return ",".join(f"{low}-{high}" if low < high else str(low) for low, high in merged)

@@ -114,6 +114,7 @@ class Machine:
             (directory / name).mkdir()
         self.config = directory / "agent.yaml"
         self.configure(**config)
+        self.world = self.netns  # until there is an uplink
         self.agent: subprocess.Popen[bytes] | None = None
         self.agent_command: Sequence[str] = (sys.executable, "-m", "agent")
         self.log = directory / "agent.log"
@@ -130,37 +131,46 @@ class Machine:
             "cni_bin_dir": self.directory / "bin",
             "launcher": LAUNCHER,
         }
-        given = config.pop("paths", {})
+        given, masquerade = config.pop("paths", {}), config.pop("masquerade", {})
         assert isinstance(given, Mapping)
+        assert isinstance(masquerade, Mapping)
         all_paths = {key: str(path) for key, path in {**paths, **given}.items()}
-        content = {"resync_seconds": 1.0, "paths": all_paths, **config}
+        content = {
+            "resync_seconds": 1.0,
+            "paths": all_paths,
+            "masquerade": {"max_flows": 1 << 16, **masquerade},  # the default depends on the machine
+            **config,
+        }
         self.config.write_text(yaml.safe_dump(content))
+
+    def add_netns(self, hint: str) -> Netns:
+        """Make a network namespace that goes with this machine."""
+        netns = Netns(hint)
+        self._stack.callback(netns.delete)
+        return netns
 
     def add_uplink(self) -> Netns:
         """Give the node a way out, as every node has: 192.0.2.10 and 2001:db8::10, and a neighbour at .1 and ::1."""
-        world = Netns("world")
-        self._stack.callback(world.delete)
-        run(
-            "ip",
-            "-n",
-            self.netns.name,
-            "link",
-            "add",
-            "uplink",
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "outside",
-            "netns",
-            world.name,
-        )
+        world = self.add_netns("world")
+        link = ["ip", "-n", self.netns.name, "link", "add", "uplink", "type", "veth"]
+        run(*link, "peer", "name", "outside", "netns", world.name)
         for netns, device, last in ((self.netns, "uplink", "10"), (world, "outside", "1")):
             run("ip", "-n", netns.name, "address", "add", f"192.0.2.{last}/24", "dev", device)
             run("ip", "-n", netns.name, "address", "add", f"2001:db8::{last}/64", "dev", device, "nodad")
             run("ip", "-n", netns.name, "link", "set", "dev", device, "up")
         self.netns.run("ip", "route", "add", "default", "via", "192.0.2.1")
         self.netns.run("ip", "route", "add", "default", "via", "2001:db8::1")
+        return world
+
+    def add_world(self) -> Netns:
+        """Give the node an uplink to a world that has far addresses too, and knows the way to the node's pods."""
+        self.world = world = self.add_uplink()
+        for far, pods, node in (
+            ("198.51.100.1/32", "10.244.0.0/24", "192.0.2.10"),
+            ("2001:db8:f::1/128", "fd00:10:244::/64", "2001:db8::10"),
+        ):
+            world.run("ip", "address", "add", far, "dev", "lo", *(["nodad"] if ":" in far else []))
+            world.run("ip", "route", "add", pods, "via", node)
         return world
 
     def start_agent(self, *, wait: bool = True) -> None:

@@ -14,6 +14,7 @@ from agent.datapath.object import Object
 
 from ..support import bpffs, private_network
 from .harness import Rig, two_pods
+from .world import SIZES, Node, node_places
 
 SOURCE = Path(__file__).resolve().parents[2] / "bpf"
 
@@ -134,3 +135,22 @@ def rig(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> It
         pins = mounted / "podlane"
         with load(datapath_object, pins, {"endpoints": 64}) as loaded:
             yield Rig(loaded, pins, pods)
+
+
+@pytest.fixture(scope="module")
+def shared_node(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """Load the real datapath for a node with an uplink, once for all tests of a module."""
+    mount = tmp_path_factory.mktemp("node") / "bpffs"
+    with (
+        bpffs(mount) as mounted,
+        node_places() as (pods, world),
+        load(datapath_object, mounted / "podlane", SIZES) as loaded,
+    ):
+        yield Node(loaded, mounted / "podlane", pods, world)
+
+
+@pytest.fixture
+def node(shared_node: Node) -> Node:
+    """Provide the node, without any flow."""
+    shared_node.reset()
+    return shared_node

@@ -33,6 +33,15 @@ from ..support import ip
 
 PASS, DROP, REDIRECT = -1, 2, 7  # TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT
 
+SENT = {"fwd_local", "fwd_uplink"}
+"""Outcomes of what goes past the host stack."""
+
+DELIVERED = {"fwd_inbound", "masq_in"}
+"""Outcomes of what goes to a pod, past the host stack if nothing is odd about it."""
+
+CHANGED = SENT | DELIVERED | {"masq_out"}
+"""Outcomes of what is not left as it was."""
+
 LARGEST = 3712
 """The largest frame BPF_PROG_TEST_RUN takes, in bytes: a page less the kernel's own headroom and tailroom."""
 
@@ -72,6 +81,7 @@ class Ran:
     verdict: int
     packet: bytes
     outcome: str
+    mark: int = 0
 
 
 class Rig:
@@ -94,24 +104,44 @@ class Rig:
         assert EndpointTable(datapath.maps["endpoints"]).upsert(table) == {}
         self._counted = outcomes(datapath)
 
-    def run(self, packet: Packet | bytes, *, program: str = "from_pod", pod: Pod = A, gso_segments: int = 0) -> Ran:
-        """Run a program on a packet of the pod's (bytes, or what scapy builds) and check what holds for every packet.
+    def run(
+        self,
+        packet: Packet | bytes,
+        *,
+        program: str = "from_pod",
+        pod: Pod = A,
+        gso_segments: int = 0,
+        gso_size: int = 0,
+    ) -> Ran:
+        """Run a program on a packet of the pod's (bytes, or what scapy builds), with `run_in`'s checks."""
+        context = SkBuff(ifindex=self.indexes[pod], gso_segs=gso_segments, gso_size=gso_size)
+        return self.run_in(context, packet, program=program)
 
-        That is: one outcome grew, by one packet and the frame's bytes; the verdict is what the outcome's name says; and
-        only a packet that is forwarded was changed.
+    def run_in(self, context: SkBuff, packet: Packet | bytes, *, program: str, flags: int = 0) -> Ran:
+        """Run a program in a context, and check what holds for every packet.
+
+        That is: one outcome grew, by one packet and the frame's bytes; the verdict is one that the outcome may have;
+        and only a packet that is sent on was changed.
         """
         frame = raw(packet)
-        context = SkBuff(ifindex=self.indexes[pod], gso_segs=gso_segments)
-        result = run(self.datapath.programs[program], frame, context=context)
+        result = run(self.datapath.programs[program], frame, context=context, flags=flags)
         ((outcome, count),) = self.growth().items()
         assert count == (1, len(frame))
-        assert result.verdict == verdict_of(outcome), outcome
-        assert outcome == "fwd_local" or result.packet == frame
-        return Ran(result.verdict, result.packet, outcome)
+        assert result.verdict in verdicts_of(outcome), outcome
+        assert outcome in CHANGED or result.packet == frame
+        return Ran(result.verdict, result.packet, outcome, result.context.mark)
 
     def outcome(self, packet: Packet | bytes, *, pod: Pod = A, gso_segments: int = 0) -> str:
         """Return the outcome that `run` found from_pod to count."""
         return self.run(packet, pod=pod, gso_segments=gso_segments).outcome
+
+    def forget_stack_flows(self) -> None:
+        """Forget which flows to_pod has seen: from_pod would leave their answers to the stack."""
+        notes, endpoints = self.datapath.maps["stack_flows"], self.datapath.maps["endpoints"]
+        for key, _ in notes.items():
+            notes.delete(key)
+        for key, value in endpoints.items():
+            endpoints.update(key, {**value, "via_stack": 0})
 
     def growth(self) -> dict[str, Count]:
         """Return the outcomes counted since the last call, and by how much they grew."""
@@ -123,11 +153,13 @@ class Rig:
         }
 
 
-def verdict_of(outcome: str) -> int:
-    """Return the verdict that goes with an outcome, by its name."""
-    if outcome == "fwd_local":
-        return REDIRECT
-    return DROP if outcome.startswith("drop_") else PASS
+def verdicts_of(outcome: str) -> set[int]:
+    """Return the verdicts that an outcome may have, by its name."""
+    if outcome in DELIVERED:
+        return {PASS, REDIRECT}
+    if outcome in SENT:
+        return {REDIRECT}
+    return {DROP} if outcome.startswith("drop_") else {PASS}
 
 
 class Wire:

@@ -10,31 +10,58 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from agent.loop import Loop, Tables
-from agent.plan import plan
+from agent.plan import Outside, plan
 from agent.ranges import Range
-from agent.state import Address, Attached, Endpoint, Hook, KernelError, Neighbour, Network, State
+from agent.state import (
+    Address,
+    Attached,
+    Endpoint,
+    Hook,
+    KernelError,
+    Lanes,
+    Neighbour,
+    Network,
+    Settings,
+    Sources,
+    State,
+    Uplink,
+)
 from agent.store import Netns, Phase, Pod, Store
 from cni.call import Attachment
 
 K = TypeVar("K")
 V = TypeVar("V")
 NAMES = tuple(each.name for each in fields(State))
+POD_TABLES = ("endpoints", "hooks", "neighbours", "routes")  # with entries for every pod
 SECONDS = 30.0  # until a test that waits for something gives up
 
 
 FOREIGN: dict[str, tuple[Any, Any]] = {
     "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
+    "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, True)),
+    "prefixes": (ip_network("192.0.2.0/24"), Lanes(native=True, stack=True)),
+    "node_addresses": (ip_address("192.0.2.1"), 0),
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
+    "uplinks": (99, Sources()),
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "routes": (ip_address("192.0.2.1"), 99),
     "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
 }
 """One object of each table that belongs to no pod."""
+
+
+OUTSIDE = Outside(
+    uplinks={f"eth{number}": Uplink(number + 2, Sources(IPv4Address(f"198.51.100.{number}"))) for number in (0, 1)},
+    node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
+    prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
+    settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, False),
+)
+"""What a node sees around it."""
 
 
 class MemoryTable(Generic[K, V]):
@@ -128,7 +155,11 @@ class World:
         self.journal: list[tuple[str, str]] = []
         self.tables = Tables(
             endpoints=MemoryTable[Address, Endpoint]("endpoints", self.journal),
+            settings=MemoryTable[int, Settings]("settings", self.journal),
+            prefixes=MemoryTable[Network, Lanes]("prefixes", self.journal),
+            node_addresses=MemoryTable[Address, int]("node_addresses", self.journal),
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
+            uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             routes=MemoryTable[Address, int]("routes", self.journal),
             subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
@@ -136,6 +167,7 @@ class World:
         self.devices = MemoryDevices(self.journal)
         self.repairs: Counter[str] = Counter()
         self.to_settle = 0
+        self.outside = OUTSIDE
         self.loop = Loop(
             store=self.store,
             tables=self.tables,
@@ -143,6 +175,7 @@ class World:
             repaired=lambda kind, count: self.repairs.update({kind: count}),
             settle=self.settle,
             subnets=self.subnets,
+            outside=lambda: self.outside,
             resync_seconds=resync_seconds,
         )
 
@@ -219,4 +252,4 @@ class World:
     def desired(self) -> State:
         """Return what the tables should hold."""
         pods = self.store.pods()
-        return plan(pods, self.devices.indexes(pods), self.subnets)
+        return plan(pods, self.devices.indexes(pods), self.subnets, self.outside)

@@ -9,7 +9,7 @@ import pytest
 
 from agent.state import KernelError
 from agent.store import Phase
-from tests.unit.memory import FOREIGN, NAMES, World
+from tests.unit.memory import FOREIGN, NAMES, POD_TABLES, World
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def errors() -> Iterator[list[str]]:
     logging.getLogger("agent.loop").removeHandler(handler)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "subnets"])  # those are no pod's
+@pytest.mark.parametrize("name", POD_TABLES)
 def test_refused_upsert(world: World, name: str, errors: list[str]) -> None:
     """What the kernel refuses is tried again with every pass and logged once; the rest is in force."""
     good, bad = world.add("good"), world.add("bad")
@@ -64,7 +64,7 @@ def test_refused_delete(world: World, name: str, errors: list[str]) -> None:
     with world.running():
         world.full_pass()
         world.full_pass()
-        assert world.table(name).objects == getattr(world.desired(), name) | {key: value}
+        assert world.table(name).objects[key] == value
         assert errors == [f"kernel refused what={f'{name} {key}'!r} error='EBUSY'"]
         world.table(name).refused = {}
         world.full_pass()

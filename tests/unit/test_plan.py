@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.plan import link_local, plan
-from agent.state import Attached, Endpoint, Hook, Neighbour, State
+from agent.plan import Outside, link_local, plan
+from agent.state import (
+    Attached,
+    Endpoint,
+    Hook,
+    Lanes,
+    Neighbour,
+    Network,
+    Settings,
+    Sources,
+    State,
+    Uplink,
+)
 from agent.store import Netns, Phase, Pod
 from cni.call import Attachment
 
@@ -130,3 +141,23 @@ def test_own_subnets_are_unreachable() -> None:
     """The node's own subnets are unreachable, pods or none; one of a single address is all its pod's."""
     subnets = [ip_network(each) for each in ("10.0.0.0/24", "fd00::/64", "10.0.1.1/32")]
     assert plan([], {}, subnets).subnets == {subnets[0]: "unreachable", subnets[1]: "unreachable"}
+
+
+def test_outside() -> None:
+    """An uplink has two programs and its addresses; addresses, prefixes and settings are as they are given."""
+    settings = Settings(1, 2, 3, 4, 5, 6, 7, False)
+    sources = Sources(IPv4Address("192.0.2.1"), None)
+    prefixes: dict[Network, Lanes] = {ip_network("10.0.0.0/8"): Lanes(native=True)}
+    outside = Outside(
+        uplinks={"eth0": Uplink(2, sources)},
+        node_addresses=frozenset([V4, V6]),
+        prefixes=prefixes,
+        settings=settings,
+    )
+    assert plan([], {}, outside=outside) == State(
+        settings={0: settings},
+        prefixes=prefixes,
+        node_addresses={V4: 1, V6: 1},
+        hooks={Hook("eth0", "ingress"): Attached(2, "from_uplink"), Hook("eth0", "egress"): Attached(2, "to_uplink")},
+        uplinks={2: sources},
+    )

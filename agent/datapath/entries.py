@@ -1,0 +1,170 @@
+"""The datapath's maps that the agent writes, as tables of the agent's own types. All of their entries are podlane's."""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import Generic, TypeVar
+
+from ..state import Address, Endpoint, KernelError, Lanes, Network, Settings, Sources
+from .layout import Value
+from .maps import Map
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_MAPPED_BITS = 96  # of an IPv4 address in its IPv6 form, before the address itself
+_NOBODY = {"word": bytes(16)}
+
+
+class MapTable(ABC, Generic[K, V]):
+    """`Table[K, V]` by a map; subclasses say how keys and values stand in it."""
+
+    def __init__(self, entries: Map) -> None:
+        self._map = entries
+
+    def read(self) -> dict[K, V]:
+        """Return all entries."""
+        return {self._key(key): self._value(value) for key, value in self._map.items()}
+
+    def upsert(self, items: Mapping[K, V]) -> dict[K, KernelError]:
+        """Create or replace entries; return the failures."""
+        return failures(items, lambda key: self._map.update(self._raw_key(key), self._raw_value(items[key])))
+
+    def delete(self, keys: Iterable[K]) -> dict[K, KernelError]:
+        """Delete entries; return the failures."""
+        return failures(keys, lambda key: self._map.delete(self._raw_key(key)))
+
+    @abstractmethod
+    def _key(self, raw: Value) -> K: ...
+
+    @abstractmethod
+    def _value(self, raw: Value) -> V: ...
+
+    @abstractmethod
+    def _raw_key(self, key: K) -> Value: ...
+
+    @abstractmethod
+    def _raw_value(self, value: V) -> Value: ...
+
+
+class EndpointTable(MapTable[Address, Endpoint]):
+    """The map `endpoints`: the local pods by address."""
+
+    def _key(self, raw: Value) -> Address:
+        return to_address(raw)
+
+    def _value(self, raw: Value) -> Endpoint:
+        return Endpoint(ifindex=raw["ifindex"], mac=raw["mac"].hex(":"))
+
+    def _raw_key(self, key: Address) -> Value:
+        return from_address(key)
+
+    def _raw_value(self, value: Endpoint) -> Value:
+        return {"ifindex": value.ifindex, "mac": bytes.fromhex(value.mac.replace(":", ""))}
+
+
+class UplinkTable(MapTable[int, Sources]):
+    """The map `uplinks`: the devices that lead out, by index."""
+
+    def _key(self, raw: Value) -> int:
+        return int(raw)
+
+    def _value(self, raw: Value) -> Sources:
+        ipv4, ipv6 = to_address(raw["ipv4"]), to_address(raw["ipv6"])
+        return Sources(
+            ipv4=ipv4 if isinstance(ipv4, IPv4Address) else None,
+            ipv6=ipv6 if isinstance(ipv6, IPv6Address) and int(ipv6) else None,
+        )
+
+    def _raw_key(self, key: int) -> Value:
+        return key
+
+    def _raw_value(self, value: Sources) -> Value:
+        return {
+            "ipv4": from_address(value.ipv4) if value.ipv4 else _NOBODY,
+            "ipv6": from_address(value.ipv6) if value.ipv6 else _NOBODY,
+        }
+
+
+class AddressTable(MapTable[Address, int]):
+    """The map `node_addresses`: a set."""
+
+    def _key(self, raw: Value) -> Address:
+        return to_address(raw)
+
+    def _value(self, raw: Value) -> int:
+        return int(raw)
+
+    def _raw_key(self, key: Address) -> Value:
+        return from_address(key)
+
+    def _raw_value(self, value: int) -> Value:
+        return value
+
+
+class PrefixTable(MapTable[Network, Lanes]):
+    """The map `prefixes`; `native` and `stack` are the bits that lanes have in it."""
+
+    def __init__(self, entries: Map, *, native: int, stack: int) -> None:
+        super().__init__(entries)
+        self._native = native
+        self._stack = stack
+
+    def _key(self, raw: Value) -> Network:
+        address, length = to_address(raw["address"]), raw["length"]
+        if isinstance(address, IPv4Address):
+            return ip_network((address, length - _MAPPED_BITS))
+        return ip_network((address, length))
+
+    def _value(self, raw: Value) -> Lanes:
+        return Lanes(native=bool(raw & self._native), stack=bool(raw & self._stack))
+
+    def _raw_key(self, key: Network) -> Value:
+        length = key.prefixlen + (_MAPPED_BITS if key.version == 4 else 0)
+        return {"length": length, "address": from_address(key.network_address)}
+
+    def _raw_value(self, value: Lanes) -> Value:
+        return value.native * self._native | value.stack * self._stack
+
+
+class SettingsTable(MapTable[int, Settings]):
+    """The map `settings`: an array of one."""
+
+    def _key(self, raw: Value) -> int:
+        return int(raw)
+
+    def _value(self, raw: Value) -> Settings:
+        return Settings(**{**raw, "stack_routes": bool(raw["stack_routes"])})
+
+    def _raw_key(self, key: int) -> Value:
+        return key
+
+    def _raw_value(self, value: Settings) -> Value:
+        return asdict(value)
+
+
+def failures(keys: Iterable[K], operation: Callable[[K], object]) -> dict[K, KernelError]:
+    """Do it for each key; return the refusals."""
+    refused: dict[K, KernelError] = {}
+    for key in keys:
+        try:
+            operation(key)
+        except KernelError as error:
+            refused[key] = error
+    return refused
+
+
+def from_address(address: Address) -> Value:
+    """Return the C's `struct addr`: 128 bits, an IPv4 address v4-mapped (RFC 4291 section 2.5.5.2)."""
+    mapped = address if isinstance(address, IPv6Address) else IPv6Address(f"::ffff:{address}")
+    return {"word": mapped.packed}
+
+
+def to_address(raw: Value) -> Address:
+    """Return the address in a decoded `struct addr`."""
+    address = IPv6Address(struct.pack("=4I", *raw["word"]))
+    return address.ipv4_mapped or address

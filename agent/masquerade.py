@@ -1,0 +1,100 @@
+"""What the configuration of masquerading means for the datapath. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
+
+from agent.config import Config, Masquerade
+from agent.ipmasq import Rules
+from agent.state import Lanes, Network, Settings
+
+_LINK_LOCAL: dict[int, Network] = {4: IPv4Network("169.254.0.0/16"), 6: IPv6Network("fe80::/10")}
+_EVERYTHING: dict[int, Network] = {4: IPv4Network("0.0.0.0/0"), 6: IPv6Network("::/0")}
+_V4_MAPPED = IPv6Network("::ffff:0:0/96")
+
+_BYTES_PER_FLOW = 32 * 1024  # of the node's memory
+_FLOWS = (1 << 16, 1 << 20)
+_LEAST_NOTES = 1 << 12
+_FRAGMENTS = 1 << 13  # datagrams under way at a time
+_UPLINKS = 1 << 8
+_NODE_ADDRESSES = 1 << 14  # services have theirs on the node where kube-proxy uses IPVS
+_PREFIXES = 1 << 14
+
+
+def settings(masquerade: Masquerade) -> Settings:
+    """Return what the programs themselves must know."""
+    return Settings(
+        first_port=masquerade.first_port,
+        last_port=masquerade.last_port,
+        tcp_open=masquerade.tcp_open,
+        tcp_established=masquerade.tcp_established,
+        tcp_closed=masquerade.tcp_closed,
+        udp=masquerade.udp,
+        icmp=masquerade.icmp,
+        stack_routes=masquerade.stack_routes,
+    )
+
+
+def inline_rules(masquerade: Masquerade) -> Rules:
+    """Return the rules that the agent's own configuration has, where it names no file of ip-masq-agent's."""
+    return Rules(
+        nonMasqueradeCIDRs=masquerade.non_masquerade_cidrs,
+        masqLinkLocal=masquerade.masq_link_local,
+        masqLinkLocalIPv6=masquerade.masq_link_local_ipv6,
+        cidrLimit=len(masquerade.non_masquerade_cidrs),
+    )
+
+
+def prefixes(config: Config, rules: Rules) -> dict[Network, Lanes]:
+    """Return the prefixes that have lanes of their own."""
+    native: set[Network] = {each.subnet for each in config.ranges} | set(rules.non_masquerade)
+    for version, masqueraded in ((4, rules.masq_link_local), (6, rules.masq_link_local_ipv6)):
+        if not masqueraded:
+            native.add(_LINK_LOCAL[version])
+    if not config.masquerade.enabled:
+        native |= set(_EVERYTHING.values())
+    return lanes(native=native, stack=config.masquerade.service_cidrs)
+
+
+def lanes(*, native: Iterable[Network], stack: Iterable[Network]) -> dict[Network, Lanes]:
+    """Return every given prefix with all lanes of the prefixes that cover it: the kernel looks at the longest only.
+
+    IPv4 has an entry of its own where an IPv6 prefix is so short that its addresses' mapped form falls into it.
+    """
+    native, stack = set(native), set(stack)
+    every = native | stack
+    if any(each.version == 6 and _V4_MAPPED.subnet_of(each) for each in every):
+        every.add(_EVERYTHING[4])
+    return {each: Lanes(native=_is_covered(each, native), stack=_is_covered(each, stack)) for each in every}
+
+
+def flow_limit(masquerade: Masquerade, memory: int) -> int:
+    """Return how many flows there may be on a node of so much memory, in bytes.
+
+    A power of two, so that a node whose memory varies a little (a new kernel, a balloon) keeps its maps, and flows.
+    """
+    least, most = _FLOWS
+    wanted = min(max(memory // _BYTES_PER_FLOW, least), most)
+    return masquerade.max_flows or 1 << (wanted.bit_length() - 1)
+
+
+def map_sizes(masquerade: Masquerade, memory: int) -> dict[str, int]:
+    """Return the numbers of entries of the datapath's maps, for a node of so much memory, in bytes."""
+    flows = flow_limit(masquerade, memory)
+    # The least-recently-used maps keep what matters only while it is in use; but they give up too much when tiny.
+    notes = max(flows // 4, _LEAST_NOTES)
+    return {
+        "flows": flows,
+        "owners": flows,
+        "inbound": notes,
+        "stack_flows": notes,
+        "fragments": _FRAGMENTS,
+        "uplinks": _UPLINKS,
+        "node_addresses": _NODE_ADDRESSES,
+        "prefixes": _PREFIXES,
+    }
+
+
+def _is_covered(network: Network, by: set[Network]) -> bool:
+    return any(network.supernet(new_prefix=length) in by for length in range(network.prefixlen + 1))

@@ -1,0 +1,87 @@
+"""What leads out of the node: its uplinks, and the addresses that are the node itself."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_NEWADDR
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+
+from agent.netlink.channel import attributes, dump, request
+from agent.netlink.devices import Link, default_route_devices, is_host_end, links
+from agent.netlink.rtnl import ADDRESS, IFA_ADDRESS, IFA_LOCAL, IFLA_INFO_KIND, IFLA_LINKINFO, RT_SCOPE_UNIVERSE, text
+from agent.state import Address, Sources, Uplink
+
+ARPHRD_ETHER = 1  # linux/if_arp.h; the programs read Ethernet frames
+# Kinds of devices whose addresses do not make them lead out: what is behind them is on this node (containers of other
+# networks, addresses of services), or in a tunnel that another device carries.
+INWARD = {"bridge", "dummy", "vxlan", "geneve", "ifb"}
+# linux/if_addr.h. Of IPv4, what is not a device's primary address; of IPv6, a temporary one (RFC 8981).
+IFA_F_SECONDARY = 0x01
+IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x08, 0x20, 0x40
+UNFIT = IFA_F_SECONDARY | IFA_F_DADFAILED | IFA_F_DEPRECATED | IFA_F_TENTATIVE
+
+
+@dataclass(frozen=True, slots=True)
+class _Assigned:
+    """An address on a device."""
+
+    address: Address
+    device: int
+    scope: int
+    flags: int
+
+
+def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
+    """Return the devices that lead out, by name. Raises KernelError.
+
+    With `patterns` (shell patterns of names): all Ethernet devices of those names. Else an Ethernet device leads out if
+    a default route of the main table uses it, or if it has an address of global scope and is not of an inward kind.
+    podlane's own devices never do.
+    """
+    addresses = list(_addresses())
+    routed = default_route_devices() if not patterns else set()
+    addressed = {each.device for each in addresses if each.scope == RT_SCOPE_UNIVERSE}
+
+    def leads_out(link: Link) -> bool:
+        if patterns:
+            return any(fnmatchcase(link.name, pattern) for pattern in patterns)
+        return link.index in routed or (link.index in addressed and _kind(link) not in INWARD)
+
+    found = (link for link in links() if link.type == ARPHRD_ETHER and not is_host_end(link) and leads_out(link))
+    return {link.name: Uplink(link.index, _sources(link.index, addresses)) for link in found}
+
+
+def node_addresses() -> frozenset[Address]:
+    """Return all addresses on all devices, of whatever scope. Raises KernelError."""
+    return frozenset(each.address for each in _addresses())
+
+
+def _sources(device: int, addresses: list[_Assigned]) -> Sources:
+    """Return the addresses that a host would rather use: the first fit one of each family, as the kernel lists them."""
+    fit = [
+        each.address
+        for each in addresses
+        if each.device == device and each.scope == RT_SCOPE_UNIVERSE and not each.flags & UNFIT
+    ]
+    return Sources(
+        ipv4=next((each for each in fit if isinstance(each, ipaddress.IPv4Address)), None),
+        ipv6=next((each for each in fit if isinstance(each, ipaddress.IPv6Address)), None),
+    )
+
+
+def _kind(link: Link) -> str:
+    return text(attributes(link.attributes.get(IFLA_LINKINFO, b""), 0).get(IFLA_INFO_KIND, b""))
+
+
+def _addresses() -> Iterator[_Assigned]:
+    # ip address show
+    for answer in dump(request("list addresses", ifaddrmsg, RTM_GETADDR)):
+        if answer.type == RTM_NEWADDR:
+            _, _, flags, scope, device = ADDRESS.unpack_from(answer.body)
+            given = attributes(answer.body, ADDRESS.size)
+            packed = given.get(IFA_LOCAL) or given[IFA_ADDRESS]  # of a point-to-point link, the latter is the peer's
+            yield _Assigned(ipaddress.ip_address(packed), device, scope, flags)

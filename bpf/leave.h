@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* The way out: from a pod to an uplink, by the host's own routes, without the host stack. */
+#pragma once
+
+#include "counters.h"
+#include "deliver.h"
+#include "maps.h"
+#include "parse.h"
+#include "stack.h"
+
+/* bcc declares this helper with three arguments. */
+static int (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *params, int size,
+                             __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+
+/* The largest IP packet that this one is on the wire: of a GSO packet, that is a segment. */
+static __u32 wire_size(struct __sk_buff *skb, const struct packet *packet)
+{
+    __u32 header = sizeof(struct udphdr);
+    __u8 words;
+
+    if (!skb->gso_size)
+        return packet->size - ETH_HLEN;
+    if (packet->protocol == IPPROTO_TCP && bpf_skb_load_bytes(skb, packet->header_end + 12, &words, sizeof(words)) == 0)
+        header = (words >> 4) * 4;
+    return packet->header_end - ETH_HLEN + header + skb->gso_size;
+}
+
+/* Returns BPF_FIB_LKUP_RET_*. */
+static int find_route(struct __sk_buff *skb, const struct packet *packet, struct bpf_fib_lookup *route)
+{
+    route->family = packet->is_ipv6 ? AF_INET6 : AF_INET;
+    route->l4_protocol = packet->protocol;
+    route->ifindex = skb->ifindex;
+    route->tot_len = wire_size(skb, packet); /* compared with the route's MTU */
+    if (packet->is_ipv6) {
+        __builtin_memcpy(route->ipv6_src, &packet->source, sizeof(route->ipv6_src));
+        __builtin_memcpy(route->ipv6_dst, &packet->destination, sizeof(route->ipv6_dst));
+    } else {
+        route->ipv4_src = packet->source.word[3];
+        route->ipv4_dst = packet->destination.word[3];
+    }
+    return bpf_fib_lookup(skb, route, sizeof(*route), 0);
+}
+
+static int send_out(struct __sk_buff *skb, struct packet *packet, struct bpf_fib_lookup *route)
+{
+    void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+    struct bpf_redir_neigh next = {.nh_family = route->family};
+
+    if (data + ETH_HLEN + (packet->is_ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) > end)
+        return punt(skb, OUTCOME(punt_malformed));
+    decrement_ttl(data + ETH_HLEN, packet->is_ipv6);
+    __builtin_memcpy(next.ipv6_nh, route->ipv6_dst, sizeof(next.ipv6_nh));
+    skb->mark = FAST_MARK;
+    count(skb, OUTCOME(fwd_uplink));
+    return redirect_neigh(route->ifindex, &next, sizeof(next), 0);
+}
+
+/* For a destination that is no local pod. What the fast path cannot take, the stack takes by the same routes. */
+static int leave(struct __sk_buff *skb, struct packet *packet)
+{
+    struct bpf_fib_lookup route = {};
+    struct prefix prefix = {.length = 128, .address = packet->destination};
+    __u32 zero = 0;
+    struct settings *options = settings.lookup(&zero);
+    __u8 *kind = prefixes.lookup(&prefix);
+
+    if (!options || !options->last_port || options->stack_routes || (kind && *kind & PREFIX_STACK) ||
+        node_addresses.lookup(&packet->destination))
+        return punt(skb, OUTCOME(punt_host));
+    int found = find_route(skb, packet, &route);
+    if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+        return punt(skb, OUTCOME(punt_too_big));
+    if (found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH)
+        return punt(skb, OUTCOME(punt_no_route));
+    __u32 ifindex = route.ifindex;
+    if (!uplinks.lookup(&ifindex))
+        return punt(skb, OUTCOME(punt_host));
+    if (packet->ttl <= 1)
+        return punt(skb, OUTCOME(punt_ttl));
+    return send_out(skb, packet, &route);
+}

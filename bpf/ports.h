@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* The ports of the node's that masqueraded flows have: who creates the entry in `owners` has the port. */
+#pragma once
+
+#include "maps.h"
+#include "transport.h"
+
+/* Random probes for a port. Never the next one up: runs of used ports would grow, and probes die in them. */
+#define PORT_PROBES 32
+
+static struct tuple answers(const struct tuple *tuple, const struct addr *address, __be16 port)
+{
+    struct tuple answer = reversed(tuple);
+    answer.destination = *address;
+    answer.destination_port = port;
+    return answer;
+}
+
+/* A port that a socket of the host has for this very tuple, or listens on, is not ours to use (bpf_sk_lookup). */
+static bool is_host_port(struct __sk_buff *skb, const struct tuple *answer)
+{
+    struct bpf_sock_tuple tuple = {};
+    bool is_ipv6 = !is_v4_mapped(&answer->source);
+    __u32 size = is_ipv6 ? sizeof(tuple.ipv6) : sizeof(tuple.ipv4);
+    struct bpf_sock *socket;
+
+    if (is_ipv6) {
+        __builtin_memcpy(tuple.ipv6.saddr, &answer->source, sizeof(answer->source));
+        __builtin_memcpy(tuple.ipv6.daddr, &answer->destination, sizeof(answer->destination));
+        tuple.ipv6.sport = answer->source_port;
+        tuple.ipv6.dport = answer->destination_port;
+    } else {
+        tuple.ipv4.saddr = answer->source.word[3];
+        tuple.ipv4.daddr = answer->destination.word[3];
+        tuple.ipv4.sport = answer->source_port;
+        tuple.ipv4.dport = answer->destination_port;
+    }
+    if (answer->protocol == IPPROTO_TCP)
+        socket = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+    else if (answer->protocol == IPPROTO_UDP)
+        socket = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+    else
+        return false;
+    if (!socket)
+        return false;
+    bpf_sk_release(socket);
+    return true;
+}
+
+static bool same_owner(const struct owner *a, const struct owner *b)
+{
+    return a->port == b->port && same_address(&a->address, &b->address);
+}
+
+/* Takes the port for the flow, unless somebody else has it: then -EEXIST, or another error if the map is full. */
+static int take_port(struct __sk_buff *skb, const struct tuple *tuple, struct flow *flow, __be16 port)
+{
+    struct tuple answer = answers(tuple, &flow->address, port);
+    struct owner owner = {.address = tuple->source, .port = tuple->source_port};
+    struct owner *taken = owners.lookup(&answer);
+
+    if (taken && !same_owner(taken, &owner))
+        return -EEXIST;
+    flow->port = port;
+    if (taken) /* our own, and the other half was lost */
+        return 0;
+    if (is_host_port(skb, &answer))
+        return -EEXIST;
+    return owners.insert(&answer, &owner);
+}
+
+static bool is_in_range(__be16 port, const struct settings *limits)
+{
+    __u32 number = bpf_ntohs(port);
+
+    return number >= limits->first_port && number <= limits->last_port;
+}
+
+/* Finds a free port, the pod's own for choice; 0, -EEXIST if none was found, or another error if the map is full. */
+static int allocate_port(struct __sk_buff *skb, const struct tuple *tuple, struct flow *flow, struct settings *limits)
+{
+    __u32 range = limits->last_port - limits->first_port + 1;
+    int failed = -EEXIST;
+
+    if (is_in_range(tuple->source_port, limits))
+        failed = take_port(skb, tuple, flow, tuple->source_port);
+    for (int probe = 0; probe < PORT_PROBES && failed == -EEXIST; probe++) {
+        /* Multiply and shift: uniform over the range without a division. */
+        __u32 port = limits->first_port + (__u32)(((__u64)bpf_get_prandom_u32() * range) >> 32);
+        failed = take_port(skb, tuple, flow, bpf_htons(port));
+    }
+    return failed;
+}
+
+/* Gives the flow's port back, if the flow has it. */
+static void release_port(const struct tuple *tuple, const struct flow *flow)
+{
+    struct tuple answer = answers(tuple, &flow->address, flow->port);
+    struct owner owner = {.address = tuple->source, .port = tuple->source_port};
+    struct owner *taken = owners.lookup(&answer);
+
+    if (taken && same_owner(taken, &owner))
+        owners.delete(&answer);
+}
+
+/*
+ * What the node itself sends is the node's: a pod that has the port for that destination loses it, and takes another.
+ * Sockets are seen when a port is taken (is_host_port); this is for those that come later, for what the kernel's own
+ * NAT sends, and for echo requests, which have no sockets to be seen: those are noted before a pod has the identifier.
+ * Answers to outsiders never make an entry, so that no flood from outside can fill the map.
+ */
+static void reclaim_port(const struct transport *transport)
+{
+    __u32 zero = 0;
+    struct settings *limits = settings.lookup(&zero);
+    const struct tuple *tuple = &transport->tuple;
+    bool asks = transport->port_offset[0] && (tuple->protocol == IPPROTO_ICMP || tuple->protocol == IPPROTO_ICMP6);
+
+    if (!limits || transport->quoted || !is_in_range(tuple->source_port, limits))
+        return;
+    struct tuple answer = reversed(tuple);
+    struct owner node = {.address = tuple->source, .port = tuple->source_port};
+    struct owner *owner = owners.lookup(&answer);
+    if (owner ? !same_owner(owner, &node) : asks)
+        owners.update(&answer, &node);
+}

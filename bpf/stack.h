@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Flows that belong to the host stack. A reply follows its request: see `stack_flows` in maps.h. */
+#pragma once
+
+#include "identify.h"
+#include "maps.h"
+#include "transport.h"
+
+/*
+ * Set on what from_pod sends out by an uplink, and cleared there: whatever reaches an uplink without it came through
+ * the stack. Within one device's transmission nobody else reads marks.
+ */
+#define FAST_MARK 0x706c0000
+
+/* Notes that the answers to this packet belong to the stack; errors have none. */
+static void keep_in_stack(struct transport *transport, struct endpoint *pod)
+{
+    if (transport->quoted)
+        return;
+    struct tuple answer = reversed(&transport->tuple);
+    __u64 now = bpf_ktime_get_coarse_ns();
+
+    if (!stack_flows.lookup(&answer)) /* an update costs more, and looking is enough to stay recent */
+        stack_flows.update(&answer, &now);
+    if (!pod->via_stack)
+        pod->via_stack = 1;
+}
+
+/* Does this packet belong to the stack? All fragments of a datagram must take one way, so all of a pod's do. */
+static bool is_stack_flow(struct __sk_buff *skb, const struct packet *packet)
+{
+    struct transport transport = {};
+
+    return packet->is_fragment || (identify(skb, packet, &transport) && stack_flows.lookup(&transport.tuple));
+}

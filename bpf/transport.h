@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Ports, checksum and flags of what can be masqueraded: TCP, UDP, and ICMP echo, whose identifier plays the port. */
+#pragma once
+
+#include "maps.h"
+#include "parse.h"
+
+enum part {
+    PART_WHOLE,
+    PART_FIRST, /* fragment, with the ports */
+    PART_LATER, /* fragment, without them */
+};
+
+/* Which flow a packet belongs to, and what of it has to change with the flow's addresses. Offsets are of the frame. */
+struct transport {
+    struct tuple tuple;
+    __u32 port_offset[2];  /* of the source and of the destination port; 0: it is not there */
+    __u32 checksum_offset; /* 0: it is not there */
+    __u32 checksum_flags;  /* for bpf_l4_csum_replace, beside the size */
+    __u32 quoted;          /* of an ICMP error: where the packet begins that it quotes. Offsets and tuple are of that */
+    __be32 identification; /* of a fragment */
+    __u8 part;             /* PART_* */
+    __u8 complete;         /* all of the transport header is there */
+    __u8 covers_addresses; /* the checksum includes the pseudo header */
+    __u8 unchecked;        /* there is no checksum that changes with the rest: a later fragment, or UDP without one */
+    __u8 tcp_flags;        /* of the TCP header, else 0 */
+};
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+#define ICMPV4_ECHO_REPLY   0
+#define ICMPV4_ECHO_REQUEST 8
+#define ICMPV6_ECHO_REQUEST 128
+#define ICMPV6_ECHO_REPLY   129
+
+#define IPPROTO_ICMP6 58
+
+/* How much of a transport header every ICMP error quotes (RFC 792), and an echo message has at least. */
+#define TRANSPORT_START 8
+
+static void take_ports(struct transport *transport, __u32 offset, const __be16 *start)
+{
+    transport->tuple.source_port = start[0];
+    transport->tuple.destination_port = start[1];
+    transport->port_offset[0] = offset;
+    transport->port_offset[1] = offset + sizeof(__be16);
+    transport->covers_addresses = 1;
+}
+
+static bool parse_tcp(struct __sk_buff *skb, const struct packet *packet, struct transport *transport, __u32 offset,
+                      const __be16 *start)
+{
+    __u32 checksum = offset + __builtin_offsetof(struct tcphdr, check);
+
+    take_ports(transport, offset, start);
+    if (checksum + sizeof(__be16) <= packet->size)
+        transport->checksum_offset = checksum;
+    transport->complete = offset + sizeof(struct tcphdr) <= packet->size;
+    if (!transport->complete)
+        return true;
+    return bpf_skb_load_bytes(skb, offset + 13, &transport->tcp_flags, sizeof(transport->tcp_flags)) == 0;
+}
+
+static bool parse_udp(struct transport *transport, __u32 offset, const __be16 *start)
+{
+    take_ports(transport, offset, start);
+    transport->checksum_offset = offset + __builtin_offsetof(struct udphdr, check);
+    transport->complete = 1;
+    transport->unchecked = !start[3];
+    transport->checksum_flags = BPF_F_MARK_MANGLED_0; /* none (0) stays none, and none comes to be */
+    return true;
+}
+
+/* A request comes from the port that is its identifier, and a reply goes there. */
+static bool parse_echo(const struct packet *packet, struct transport *transport, __u32 offset, const __be16 *start)
+{
+    __u8 type = *(const __u8 *)start;
+    bool is_reply = type == (packet->is_ipv6 ? ICMPV6_ECHO_REPLY : ICMPV4_ECHO_REPLY);
+
+    if (!is_reply && type != (packet->is_ipv6 ? ICMPV6_ECHO_REQUEST : ICMPV4_ECHO_REQUEST))
+        return false;
+    if (is_reply) {
+        transport->tuple.destination_port = start[2];
+        transport->port_offset[1] = offset + 4;
+    } else {
+        transport->tuple.source_port = start[2];
+        transport->port_offset[0] = offset + 4;
+    }
+    transport->complete = 1;
+    transport->checksum_offset = offset + 2;
+    transport->covers_addresses = packet->is_ipv6; /* RFC 4443 section 2.3, unlike RFC 792 */
+    return true;
+}
+
+/*
+ * Reads a transport header, of the tuple's protocol, at `offset`. Of TCP, what is beyond the first eight bytes may be
+ * missing, and with it the checksum. False if ports cannot be had.
+ */
+static bool parse_ports(struct __sk_buff *skb, const struct packet *packet, struct transport *transport, __u32 offset)
+{
+    __be16 start[TRANSPORT_START / sizeof(__be16)];
+
+    if (offset + sizeof(start) > packet->size || bpf_skb_load_bytes(skb, offset, start, sizeof(start)) < 0)
+        return false;
+    switch (transport->tuple.protocol) {
+    case IPPROTO_TCP:
+        return parse_tcp(skb, packet, transport, offset, start);
+    case IPPROTO_UDP:
+        return parse_udp(transport, offset, start);
+    case IPPROTO_ICMP:
+        return !packet->is_ipv6 && parse_echo(packet, transport, offset, start);
+    case IPPROTO_ICMP6:
+        return packet->is_ipv6 && parse_echo(packet, transport, offset, start);
+    default:
+        return false;
+    }
+}
+
+static struct tuple reversed(const struct tuple *tuple)
+{
+    struct tuple other = {
+        .source = tuple->destination,
+        .destination = tuple->source,
+        .source_port = tuple->destination_port,
+        .destination_port = tuple->source_port,
+        .protocol = tuple->protocol,
+    };
+    return other;
+}

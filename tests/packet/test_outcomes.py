@@ -1,0 +1,119 @@
+"""The list of all outcomes: each is reached by a packet, and explained to people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scapy.all import SCTP, UDP, Packet
+
+from agent.datapath.tables import outcomes
+
+from .conftest import SOURCE
+from .harness import DROP, A, Ran, Rig, verdicts_of
+from .test_to_pod import EXAMPLES
+from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, from_pod, leaving, request
+
+pytestmark = pytest.mark.root
+
+PORT = 50000
+
+
+def opened(node: Node) -> None:
+    """Let a pod open a masqueraded flow."""
+    node.out(leaving(4, A.ipv4) / request("udp", 4, PORT))
+
+
+def called(node: Node) -> None:
+    """Let an outsider send something to a pod's own address."""
+    node.into(arriving(4, A.ipv4) / request("udp", 4, 5000))
+
+
+def brought(node: Node) -> None:
+    """Let the host stack bring something to a pod."""
+    node.to_pod(arriving(4, A.ipv4) / request("udp", 4, 5000))
+
+
+def exhausted(node: Node) -> None:
+    """Leave a pod only a port that another flow has."""
+    node.configure(first_port=PORT, last_port=PORT)
+    node.out(leaving(4, A.ipv4) / request("udp", 4, 1))
+
+
+def filled(node: Node) -> None:
+    """Leave no room for another flow."""
+    for port in range(node.datapath.maps["flows"].spec.max_entries):
+        node.out(leaving(4, A.ipv4) / request("udp", 4, 20000 + port))
+
+
+def nothing(_: Node) -> None:
+    """Need nothing."""
+
+
+Example = tuple[Callable[[Node], None], Callable[[Node, Packet], Ran], Packet]
+
+UP, OUT, IN = Node.leave, Node.out, Node.into
+LATER: dict[str, Any] = {"frag": 10, "id": 7, "proto": 17}
+
+WORLDLY: dict[str, Example] = {
+    "fwd_uplink": (nothing, UP, from_pod(4) / UDP()),
+    "fwd_inbound": (nothing, IN, arriving(4, A.ipv4) / UDP()),
+    "fwd_host_in": (nothing, IN, arriving(4, NODE[4]) / UDP()),
+    "fwd_host_out": (nothing, OUT, leaving(4, NODE[4]) / UDP()),
+    "fwd_native": (lambda node: node.prefix(f"{WORLD[4]}/32", NATIVE), OUT, leaving(4, A.ipv4) / UDP()),
+    "fwd_reply": (called, OUT, leaving(4, A.ipv4) / answer("udp", 4, 5000)),
+    "masq_in": (opened, IN, arriving(4, NODE[4]) / answer("udp", 4, PORT)),
+    "masq_out": (nothing, OUT, leaving(4, A.ipv4) / UDP()),
+    "punt_fragment": (nothing, IN, arriving(4, NODE[4], **LATER) / bytes(8)),
+    "punt_no_route": (nothing, UP, from_pod(4, A, UNREACHABLE[4]) / UDP()),
+    "punt_reply": (brought, UP, from_pod(4) / answer("udp", 4, 5000)),
+    "punt_too_big": (nothing, UP, from_pod(4) / UDP() / bytes(1500)),
+    "drop_masq_exhausted": (exhausted, OUT, leaving(4, A.ipv4) / request("udp", 4, 2)),
+    "drop_masq_fragment": (nothing, OUT, leaving(4, A.ipv4, **LATER) / bytes(8)),
+    "drop_masq_full": (filled, OUT, leaving(4, A.ipv4) / UDP()),
+    "drop_masq_no_address": (nothing, OUT, leaving(4, A.ipv4, UNREACHABLE[4]) / UDP()),
+    "drop_masq_unsupported": (nothing, OUT, leaving(4, A.ipv4) / SCTP()),
+}
+"""For each outcome between pods and the world: what must be, the program, and a packet."""
+
+
+def test_the_list_is_complete(rig: Rig) -> None:
+    """Each outcome that the C declares has its packet here or at the pods' hooks, and none that it does not declare."""
+    assert set(outcomes(rig.datapath)) == EXAMPLES.keys() | WORLDLY.keys()
+    assert not EXAMPLES.keys() & WORLDLY.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_reached_at_a_pods_hooks(rig: Rig, name: str) -> None:
+    """The packet ends in this outcome."""
+    rig.forget_stack_flows()
+    program = "to_pod" if name == "fwd_from_stack" else "from_pod"
+    assert rig.run(EXAMPLES[name], program=program).outcome == name
+
+
+@pytest.mark.parametrize("name", WORLDLY)
+def test_reached_at_an_uplink(node: Node, name: str) -> None:
+    """The packet ends in this outcome."""
+    prepare, program, packet = WORLDLY[name]
+    prepare(node)
+    assert program(node, packet).outcome == name
+
+
+def test_names_say_the_verdict(rig: Rig) -> None:
+    """An outcome's prefix is its verdict; there is no other."""
+    assert {name.partition("_")[0] for name in outcomes(rig.datapath)} == {"fwd", "masq", "punt", "drop"}
+
+
+def names_in_table(heading: str) -> list[str]:
+    """Return the first column of the table under a heading of bpf/README.md."""
+    section = (SOURCE / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+
+
+def test_the_readme_explains_every_outcome(rig: Rig) -> None:
+    """The operator's table has exactly the outcomes of the C, in its order, and the exceptions are all the drops."""
+    names = list(outcomes(rig.datapath))
+    assert names_in_table("Outcomes") == names
+    assert names_in_table("The exceptions") == [name for name in names if verdicts_of(name) == {DROP}]
