@@ -17,6 +17,9 @@ from tests.node.machine import Machine, machine
 NODE_ADDRESSES = ("192.0.2.10", "2001:db8::10")
 """The node's own addresses, as `Machine.add_uplink` sets them, IPv4 first."""
 
+WORLD_ADDRESSES = ("192.0.2.1", "2001:db8::1")
+"""Those of its neighbour outside."""
+
 _FETCH_SECONDS = "5"
 
 
@@ -42,6 +45,12 @@ class Cluster:
     def fetch_from_node(self, address: str) -> str:
         """Return the page that the node gets from an address."""
         return self.node.netns.run("busybox", *fetch_command(address)).stdout.strip()
+
+    def fetch_from_world(self, address: str) -> str:
+        """Return the page that the world gets from a pod's own address, of which it knows the way by the node."""
+        family, gateway = ("-6", NODE_ADDRESSES[1]) if ":" in address else ("-4", NODE_ADDRESSES[0])
+        self.world.run("ip", family, "route", "replace", address, "via", gateway)
+        return self.world.run("busybox", *fetch_command(address)).stdout.strip()
 
     def host_devices(self) -> dict[str, str]:
         """Return the host end of each pod's veth pair by sandbox id, from the aliases that podlane gives them."""

@@ -20,9 +20,10 @@ from pathlib import Path
 from types import FrameType
 
 from tests.e2e import netfilter
-from tests.e2e.cluster_of_one import Cluster, cluster_of_one, fetch, url
+from tests.e2e.cluster_of_one import NODE_ADDRESSES, WORLD_ADDRESSES, Cluster, cluster_of_one, fetch, url
 from tests.e2e.containerd import ContainerdError, Pod
 from tests.e2e.story import Story
+from tests.e2e.world import world_server
 from tests.node.machine import LAUNCHER
 
 _PICTURE = """\
@@ -32,7 +33,8 @@ podlane: real pods, wired by eBPF
     │  ╭ pod a ╮                                             ╭ pod b ╮  │
     │  │  eth0 ╪══ veth ─▶ from_pod ── redirect_peer ───────▶│ eth0  │  │
     │  ╰───────╯              │                              ╰───────╯  │
-    │                         ╰─ pass ─▶ host stack ── uplink ══════════╪══ world
+    │                         ├─ redirect_neigh ─▶ uplink, masquerade ══╪══ world
+    │                         ╰─ pass ─▶ host stack                     │
     │                                                                   │
     │  containerd ─▶ launcher ─▶ agent ─▶ addresses, veth pairs, maps   │
     ╰───────────────────────────────────────────────────────────────────╯"""
@@ -102,6 +104,7 @@ class _Steps:
         self._start_node()
         self._start_pods()
         self._fetch_pages()
+        self._visit_world()
         self._count_hops()
         self._count_packets()
         self._look_for_others()
@@ -158,6 +161,29 @@ class _Steps:
     def _fetched(self, where: str, address: str, server: Pod, page: str) -> None:
         shown = f"{where}$ wget -qO- {url(address)}".ljust(48) + f" ▶ {page}"
         self._story.fact(f"the page that {where} gets from {address}", expected=server.name, seen=page, shown=shown)
+
+    def _visit_world(self) -> None:
+        story, world = self._story, self._cluster.world
+        with (
+            story.step("Pods reach the world as their node, and are reached as themselves"),
+            world_server(world) as server,
+        ):
+            a = self._pods["a"]
+            for address, node_address in zip(WORLD_ADDRESSES, NODE_ADDRESSES, strict=True):
+                page = fetch(a, address)
+                shown = f"a$ wget -qO- {url(address)}".ljust(48) + f" ▶ {page}"
+                story.fact(f"the page at {address}", expected="the world", seen=page, shown=shown)
+                shown = f"the world has logged a visit of {node_address}: the node's own address"
+                story.fact("who visited", expected=node_address, seen=server.clients[-1], shown=shown)
+            masqueraded = self._node.packets()["masq_out"]
+            shown = f"in eBPF, without iptables or conntrack: masq_out is {masqueraded}"
+            story.fact("packets were masqueraded", expected=True, seen=masqueraded > 0, shown=shown)
+            for address in a.ips:
+                page = self._cluster.fetch_from_world(address)
+                self._fetched("world", address, a, page)
+            now = self._node.packets()["masq_out"]
+            shown = "and the answers kept the pod's address: not one was masqueraded"
+            story.fact("packets masqueraded", expected=masqueraded, seen=now, shown=shown)
 
     def _count_hops(self) -> None:
         story = self._story
