@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import socket
 import statistics
 import sys
 import tempfile
@@ -16,7 +15,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench.places import Pair, Podlane, Reference, Runtime, direct, joined
+from tests.bench import world
+from tests.bench.places import Pair, Podlane, Reference, Runtime, direct, joined, sink
 from tests.node.machine import Netns, run
 
 SENDER = Path(__file__).with_name("sender.c")
@@ -29,7 +29,9 @@ Measure = Callable[[], float]
 def main() -> None:
     """Run what the command line asks for, by default everything."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("what", nargs="*", choices=["packets", "calls", []], default=["packets", "calls"])
+    parser.add_argument(
+        "what", nargs="*", choices=["packets", "calls", "world", []], default=["packets", "calls", "world"]
+    )
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="podlane-bench-") as directory, ExitStack() as stack:
@@ -43,15 +45,25 @@ def main() -> None:
             "bridge": Reference(places / "bridge", stack, "bridge", 88, bridge="br0", isGateway=True, ipMasq=True),
             "ptp": Reference(places / "ptp", stack, "ptp", 89, ipMasq=True),
         }
+        sender = places / "sender"
+        run("gcc", "-O2", "-o", str(sender), str(SENDER))
         if "packets" in arguments.what:
-            _packets(places, podlane | peers, arguments.rounds, stack)
+            _packets(sender, podlane | peers, arguments.rounds, stack)
+        if "world" in arguments.what:
+            _world(places, sender, {name: (podlane | peers)[name] for name in ("podlane", "bridge")}, arguments.rounds)
         if "calls" in arguments.what:
             _calls(podlane | peers, arguments.rounds)
 
 
-def _packets(places: Path, runtimes: Mapping[str, Runtime], rounds: int, stack: ExitStack) -> None:
-    sender = places / "sender"
-    run("gcc", "-O2", "-o", str(sender), str(SENDER))
+def _world(places: Path, sender: Path, runtimes: Mapping[str, Runtime], rounds: int) -> None:
+    with ExitStack() as stack:
+        visitors = {name: world.visitor(runtime, stack) for name, runtime in runtimes.items()}
+        time.sleep(SETTLE_SECONDS)
+        for title, measures in world.measures(visitors, places, sender, stack).items():
+            _report(f"Masqueraded to the world: {title}", "", measures, rounds, "bridge")
+
+
+def _packets(sender: Path, runtimes: Mapping[str, Runtime], rounds: int, stack: ExitStack) -> None:
     pairs = {"direct veth": direct(stack), **{name: joined(each, stack) for name, each in runtimes.items()}}
     time.sleep(SETTLE_SECONDS)
     for family, name in enumerate(("IPv4", "IPv6")):
@@ -62,13 +74,7 @@ def _packets(places: Path, runtimes: Mapping[str, Runtime], rounds: int, stack: 
 def _cost(pair: Pair, family: int, sender: Path, stack: ExitStack) -> Measure:
     """Return a measure of the sender's CPU time per packet to a bound socket that nobody reads."""
     address = pair.addresses[family]
-
-    def listen() -> socket.socket:
-        receiver = socket.socket((socket.AF_INET, socket.AF_INET6)[family], socket.SOCK_DGRAM)
-        receiver.bind((address, 9))
-        return receiver
-
-    stack.enter_context(pair.b.call(listen))
+    stack.enter_context(sink(pair.b, address))
     return lambda: float(pair.a.run("taskset", "-c", "1", str(sender), address, str(PACKETS)).stdout)
 
 
@@ -124,11 +130,12 @@ def _report(title: str, unit: str, measures: Mapping[str, Measure], rounds: int,
 
 def _table(title: str, unit: str, rows: Mapping[str, list[float]], reference: str) -> None:
     base = statistics.median(rows[reference])
-    print(f"\n{title} ({unit}; {len(rows[reference])} rounds, interleaved)")
-    print(f"  {'':18}{'minimum':>10}{'median':>10}{'ratio to ' + reference:>24}")
+    inside = "; ".join(filter(None, [unit, f"{len(rows[reference])} rounds, interleaved"]))
+    print(f"\n{title} ({inside})")
+    print(f"  {'':18}{'minimum':>10}{'median':>10}{'maximum':>10}{'ratio to ' + reference:>24}")
     for name, values in rows.items():
         median = statistics.median(values)
-        print(f"  {name:18}{min(values):10.1f}{median:10.1f}{median / base:24.3f}")
+        print(f"  {name:18}{min(values):10.1f}{median:10.1f}{max(values):10.1f}{median / base:24.3f}")
     sys.stdout.flush()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.node.machine import LAUNCHER, Machine, Netns, run
+from tests.node.machine import LAUNCHER, Machine, Netns, add_uplink, run
 
 REFERENCE_PLUGINS = Path("/usr/lib/cni")
 
@@ -26,7 +27,9 @@ class Pair:
 
 
 class Runtime(Protocol):
-    """Whatever can ADD and DEL a pod: returns the addresses that ADD reports."""
+    """Whatever can ADD and DEL a pod: returns the addresses that ADD reports. Its node leads to `world`."""
+
+    world: Netns
 
     def add(self, netns: Netns) -> list[str]:
         """Wire the pod."""
@@ -41,6 +44,7 @@ class Podlane:
     def __init__(self, directory: Path, stack: ExitStack, **config: object) -> None:
         directory.mkdir()
         self._machine = Machine(directory, stack, **config)
+        self.world = self._machine.add_uplink()
         self._machine.start_agent()
 
     def add(self, netns: Netns) -> list[str]:
@@ -65,6 +69,8 @@ class Reference:
         directory.mkdir()
         self._node = Netns(plugin)
         stack.callback(self._node.delete)
+        self.world = add_uplink(self._node, stack)
+        self._node.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
         self._plugin = REFERENCE_PLUGINS / plugin
         ranges = [[{"subnet": f"10.{octet}.0.0/16"}], [{"subnet": f"fd00:{octet}::/64"}]]
         ipam = {
@@ -121,6 +127,17 @@ def joined(runtime: Runtime, stack: ExitStack) -> Pair:
         stack.callback(pod.delete)
     addresses = [runtime.add(pod) for pod in pods]
     return Pair(pods[0], pods[1], (addresses[1][0], addresses[1][1]))
+
+
+def sink(netns: Netns, address: str) -> socket.socket:
+    """Return a UDP socket in the namespace, bound to the discard port, that nobody reads."""
+
+    def bind() -> socket.socket:
+        receiver = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        receiver.bind((address, 9))
+        return receiver
+
+    return netns.call(bind)
 
 
 def direct(stack: ExitStack) -> Pair:

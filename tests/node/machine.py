@@ -101,6 +101,21 @@ class TestPod:
         return str(self.result["interfaces"][1]["mac"])
 
 
+def add_uplink(node: Netns, stack: ExitStack) -> Netns:
+    """Give a node a way out, as every node has: 192.0.2.10 and 2001:db8::10, and a neighbour at .1 and ::1."""
+    world = Netns("world")
+    stack.callback(world.delete)
+    link = ["ip", "-n", node.name, "link", "add", "uplink", "type", "veth"]
+    run(*link, "peer", "name", "outside", "netns", world.name)
+    for netns, device, last in ((node, "uplink", "10"), (world, "outside", "1")):
+        run("ip", "-n", netns.name, "address", "add", f"192.0.2.{last}/24", "dev", device)
+        run("ip", "-n", netns.name, "address", "add", f"2001:db8::{last}/64", "dev", device, "nodad")
+        run("ip", "-n", netns.name, "link", "set", "dev", device, "up")
+    node.run("ip", "route", "add", "default", "via", "192.0.2.1")
+    node.run("ip", "route", "add", "default", "via", "2001:db8::1")
+    return world
+
+
 class Machine:
     """One node. `config` overrides the agent's configuration, key by key."""
 
@@ -150,17 +165,8 @@ class Machine:
         return netns
 
     def add_uplink(self) -> Netns:
-        """Give the node a way out, as every node has: 192.0.2.10 and 2001:db8::10, and a neighbour at .1 and ::1."""
-        world = self.add_netns("world")
-        link = ["ip", "-n", self.netns.name, "link", "add", "uplink", "type", "veth"]
-        run(*link, "peer", "name", "outside", "netns", world.name)
-        for netns, device, last in ((self.netns, "uplink", "10"), (world, "outside", "1")):
-            run("ip", "-n", netns.name, "address", "add", f"192.0.2.{last}/24", "dev", device)
-            run("ip", "-n", netns.name, "address", "add", f"2001:db8::{last}/64", "dev", device, "nodad")
-            run("ip", "-n", netns.name, "link", "set", "dev", device, "up")
-        self.netns.run("ip", "route", "add", "default", "via", "192.0.2.1")
-        self.netns.run("ip", "route", "add", "default", "via", "2001:db8::1")
-        return world
+        """Give the node a way out; return the world that it leads to."""
+        return add_uplink(self.netns, self._stack)
 
     def add_world(self) -> Netns:
         """Give the node an uplink to a world that has far addresses too, and knows the way to the node's pods."""

@@ -378,9 +378,7 @@ class Nat:
 
 
 def _shown(message: Message) -> Flow:
-    return Flow(
-        message.source, message.source_port, message.destination, message.destination_port, message.protocol
-    )
+    return Flow(message.source, message.source_port, message.destination, message.destination_port, message.protocol)
 
 
 def _datagram(message: Message) -> tuple[bytes, bytes, int, int]:
