@@ -110,7 +110,7 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct e
         remember_ports(&transport);
         if (!fast)
             keep_in_stack(&transport, pod);
-        if (is_reply(&transport))
+        if (is_reply(packet, &transport))
             return punt(skb, OUTCOME(fwd_reply));
     }
     if (is_native(packet))

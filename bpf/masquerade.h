@@ -8,6 +8,7 @@
 #include "counters.h"
 #include "fragments.h"
 #include "icmp_error.h"
+#include "inbound.h"
 #include "maps.h"
 #include "ports.h"
 #include "rewrite.h"
@@ -89,8 +90,10 @@ static __u64 open_flow(struct __sk_buff *skb, const struct packet *packet, const
     if (failed)
         return failed == -EEXIST ? OUTCOME(drop_masq_exhausted) : OUTCOME(drop_masq_full);
     failed = flows.insert(&key, &flow);
-    if (!failed)
+    if (!failed) {
+        forget_inbound(&key);
         return 0;
+    }
 
     /* Another CPU was faster with the same flow, or the map is full: give the port back, unless it is that CPU's. */
     struct flow *other = flows.lookup(&key);
@@ -112,10 +115,10 @@ static bool still_holds(struct __sk_buff *skb, const struct packet *packet, cons
     return take_port(skb, tuple, &copy, copy.port) == 0;
 }
 
-/* An echo reply, or what has no ports of its own, opens nothing. */
+/* An echo reply, of which a later fragment shows no more than the ports, opens nothing. */
 static bool can_open(const struct transport *transport)
 {
-    return transport->port_offset[0] || transport->part == PART_LATER;
+    return transport->port_offset[0] || (transport->part == PART_LATER && transport->tuple.source_port);
 }
 
 /* Sees to it that a pod's packet has a flow, with both halves. Returns 0, or the drop outcome. */
