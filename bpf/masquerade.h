@@ -23,12 +23,6 @@
 #define FIB_LOOKUP_OUTPUT (1u << 1)
 #define FIB_LOOKUP_SRC    (1u << 4)
 
-/*
- * In skb->cb[0], for this program's other copy: while the agent moves it from a filter to a link, a packet may pass
- * both, and the second must not take it for the node's own. It does not last: the IP layers overwrite it.
- */
-#define MASQUERADED 0x706c6d71
-
 /* The time in units of 2^30 ns, about a second: as often a busy flow's other half is checked. */
 static __u32 this_tick(void)
 {
@@ -170,7 +164,6 @@ static int masquerade(struct __sk_buff *skb, struct packet *packet, struct trans
     struct addr address = flow->address;
     if (rewrite_source(skb, packet, transport, &address, flow->port))
         return drop(skb, OUTCOME(drop_masq_unsupported));
-    skb->cb[0] = MASQUERADED;
     return punt(skb, OUTCOME(masq_out));
 }
 
