@@ -15,15 +15,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from agent.datapath.loader import load
 from agent.datapath.object import Object
 
-from ..support import bpffs
 from .harness import A, B, Pod
 from .nat_duel import CAPACITY, NOTES, Duel
 from .nat_talk import FAMILIES, FLAGS, KINDS, POD_PORTS, PORTS, How, Talk
 from .nat_words import Part
-from .world import SIZES, Node, node_places
+from .world import Node, loaded_node
 
 pytestmark = pytest.mark.root
 
@@ -48,12 +46,9 @@ PASSING = (1, 2, 3, 6)
 @pytest.fixture(scope="module")
 def tight_node(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Load the real datapath for a node whose maps are soon full; those of notes never are, as the model's are not."""
-    sizes = {**SIZES, **dict.fromkeys((*NOTES, "fragments"), 4096), "flows": CAPACITY, "owners": CAPACITY}
-    places = node_places()
-    with bpffs(tmp_path_factory.mktemp("tight") / "bpffs") as mounted, places as (pods, world):
-        pins = mounted / "podlane"
-        with load(datapath_object, pins, sizes) as loaded:
-            yield Node(loaded, pins, pods, world)
+    sizes = {**dict.fromkeys((*NOTES, "fragments"), 4096), "flows": CAPACITY, "owners": CAPACITY}
+    with loaded_node(datapath_object, tmp_path_factory.mktemp("tight"), sizes) as node:
+        yield node
 
 
 @pytest.fixture
