@@ -110,7 +110,7 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct e
         remember_ports(&transport);
         if (!fast)
             keep_in_stack(&transport, pod);
-        if (is_reply(&transport))
+        if (is_reply(packet, &transport))
             return punt(skb, OUTCOME(fwd_reply));
     }
     if (is_native(packet))
@@ -128,6 +128,9 @@ int to_uplink(struct __sk_buff *skb)
     struct packet packet = {};
     bool fast = skb->mark == FAST_MARK;
 
+    if (skb->cb[0] == SEEN)
+        return punt(skb, OUTCOME(fwd_host_out));
+    skb->cb[0] = SEEN;
     if (fast)
         skb->mark = 0;
     if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
@@ -137,7 +140,7 @@ int to_uplink(struct __sk_buff *skb)
         return leave_from_pod(skb, &packet, pod, fast);
 
     struct transport transport = {};
-    if (skb->cb[0] != MASQUERADED && node_addresses.lookup(&packet.source) && identify(skb, &packet, &transport))
+    if (node_addresses.lookup(&packet.source) && identify(skb, &packet, &transport))
         reclaim_port(&transport);
     return punt(skb, OUTCOME(fwd_host_out));
 }

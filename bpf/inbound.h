@@ -3,6 +3,7 @@
 #pragma once
 
 #include "maps.h"
+#include "parse.h"
 #include "transport.h"
 
 /* How old a note may become before it is renewed: not at every packet, which would share a cache line among CPUs. */
@@ -43,14 +44,15 @@ static void note_inbound(const struct transport *transport)
 
 /*
  * Does this packet of a pod's answer a flow that an outsider opened? Only if the pod has not opened it itself: a stale
- * or forged note must never let a masqueraded flow out under the pod's own address.
+ * or forged note must never let a masqueraded flow out under the pod's own address. Nor is it an answer if this is an
+ * error about another pod's flow.
  */
-static bool is_reply(const struct transport *transport)
+static bool is_reply(const struct packet *packet, const struct transport *transport)
 {
     struct tuple key = transport->tuple;
     __u64 now = bpf_ktime_get_coarse_ns(), *seen = inbound.lookup(&key);
 
-    if (!seen || opens_connection(transport) || flows.lookup(&key))
+    if (!seen || opens_connection(transport) || flows.lookup(&key) || !same_address(&key.source, &packet->source))
         return false;
     __u64 age = now - *seen;
     if (is_stale(age, key.protocol))
@@ -58,4 +60,12 @@ static bool is_reply(const struct transport *transport)
     if (age > RENEW_NS)
         *seen = now;
     return true;
+}
+
+/* The pod has opened that flow itself: a note would outlive it, and let what comes after it out as it is. */
+static void forget_inbound(const struct tuple *tuple)
+{
+    struct tuple key = *tuple;
+
+    inbound.delete(&key);
 }

@@ -52,6 +52,7 @@ static int send_out(struct __sk_buff *skb, struct packet *packet, struct bpf_fib
     decrement_ttl(data + ETH_HLEN, packet->is_ipv6);
     __builtin_memcpy(next.ipv6_nh, route->ipv6_dst, sizeof(next.ipv6_nh));
     skb->mark = FAST_MARK;
+    skb->cb[0] = 0; /* not SEEN: the pod may be a node that runs podlane itself */
     count(skb, OUTCOME(fwd_uplink));
     return redirect_neigh(route->ifindex, &next, sizeof(next), 0);
 }

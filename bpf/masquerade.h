@@ -8,6 +8,7 @@
 #include "counters.h"
 #include "fragments.h"
 #include "icmp_error.h"
+#include "inbound.h"
 #include "maps.h"
 #include "ports.h"
 #include "rewrite.h"
@@ -21,12 +22,6 @@
 /* BPF_FIB_LOOKUP_*: bcc's own copy of bpf.h ends before Linux 6.7. */
 #define FIB_LOOKUP_OUTPUT (1u << 1)
 #define FIB_LOOKUP_SRC    (1u << 4)
-
-/*
- * In skb->cb[0], for this program's other copy: while the agent moves it from a filter to a link, a packet may pass
- * both, and the second must not take it for the node's own. It does not last: the IP layers overwrite it.
- */
-#define MASQUERADED 0x706c6d71
 
 /* The time in units of 2^30 ns, about a second: as often a busy flow's other half is checked. */
 static __u32 this_tick(void)
@@ -89,8 +84,10 @@ static __u64 open_flow(struct __sk_buff *skb, const struct packet *packet, const
     if (failed)
         return failed == -EEXIST ? OUTCOME(drop_masq_exhausted) : OUTCOME(drop_masq_full);
     failed = flows.insert(&key, &flow);
-    if (!failed)
+    if (!failed) {
+        forget_inbound(&key);
         return 0;
+    }
 
     /* Another CPU was faster with the same flow, or the map is full: give the port back, unless it is that CPU's. */
     struct flow *other = flows.lookup(&key);
@@ -112,10 +109,10 @@ static bool still_holds(struct __sk_buff *skb, const struct packet *packet, cons
     return take_port(skb, tuple, &copy, copy.port) == 0;
 }
 
-/* An echo reply, or what has no ports of its own, opens nothing. */
+/* An echo reply, of which a later fragment shows no more than the ports, opens nothing. */
 static bool can_open(const struct transport *transport)
 {
-    return transport->port_offset[0] || transport->part == PART_LATER;
+    return transport->port_offset[0] || (transport->part == PART_LATER && transport->tuple.source_port);
 }
 
 /* Sees to it that a pod's packet has a flow, with both halves. Returns 0, or the drop outcome. */
@@ -167,7 +164,6 @@ static int masquerade(struct __sk_buff *skb, struct packet *packet, struct trans
     struct addr address = flow->address;
     if (rewrite_source(skb, packet, transport, &address, flow->port))
         return drop(skb, OUTCOME(drop_masq_unsupported));
-    skb->cb[0] = MASQUERADED;
     return punt(skb, OUTCOME(masq_out));
 }
 

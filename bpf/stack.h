@@ -12,6 +12,12 @@
  */
 #define FAST_MARK 0x706c0000
 
+/*
+ * In skb->cb[0], for to_uplink's other copy: while the agent moves it from a filter to a link, a packet may pass both,
+ * and to the second it would look like one of the node's own, or of the stack's. The IP layers overwrite it.
+ */
+#define SEEN 0x706c6f6b
+
 /* Notes that the answers to this packet belong to the stack; errors have none. */
 static void keep_in_stack(struct transport *transport, struct endpoint *pod)
 {

@@ -31,7 +31,7 @@ from tests.node.internet import (
     name_server,
     web_server,
 )
-from tests.node.machine import Machine, Netns, TestPod, machine
+from tests.node.machine import Machine, Netns, TestPod, machine, run
 
 V4, V6 = 0, 1
 ANYWHERE = ("0.0.0.0", "::")  # noqa: S104
@@ -362,27 +362,40 @@ def error_of(it: socket.socket) -> tuple[int, str]:
 
 
 def test_two_copies_of_the_program(node: Machine, internet: Internet, pod: TestPod) -> None:
-    """While a packet passes two copies of the program, as when the agent moves it, its flow keeps its port."""
+    """While packets pass two copies of the program, as when the agent moves it, flows keep their ports and lanes."""
+    with (
+        server(internet.world, TCP, WORLD[V4], 7) as far,
+        server(pod.netns, TCP, pod.addresses[V4], 7) as near,
+        client(pod.netns, far) as out,
+        client(internet.world, near) as into,
+    ):
+        before = [out.ask(), into.ask()]
+        with second_copy(node):
+            counted = node.packets()
+            for _ in range(3):
+                assert [out.ask(), into.ask()] == before
+            after = node.packets()
+            assert after["fwd_host_out"] >= counted["fwd_host_out"] + 6  # so both copies ran
+        assert [out.ask(), into.ask()] == before
+    assert node.packets()["punt_reply"] == counted["punt_reply"]
+
+
+@contextmanager
+def second_copy(node: Machine) -> Iterator[None]:
+    """Attach the program of the uplink's way out a second time, behind the first."""
     link = node.bpffs / "links" / "uplink:egress"
     copy = node.bpffs.parent / "copy"
-    netns = node.netns
-    with server(internet.world, TCP, WORLD[V4], 7) as far, client(pod.netns, far) as it:
-        before = it.ask()
-        node.wait_for(link.exists, "the program to be in its final place")
-        program = json.loads(netns.run("bpftool", "-j", "link", "show", "pinned", str(link)).stdout)["prog_id"]
-        netns.run("bpftool", "prog", "pin", "id", str(program), str(copy))
-        netns.run("tc", "qdisc", "replace", "dev", "uplink", "clsact")
-        netns.run(
-            *("tc", "filter", "add", "dev", "uplink", "egress", "pref", "7"),
-            *("bpf", "da", "object-pinned", str(copy)),
-        )
-        try:
-            counted = node.packets()
-            assert [it.ask() for _ in range(3)] == [before] * 3
-            assert node.packets()["fwd_host_out"] >= counted["fwd_host_out"] + 3  # so both copies ran
-        finally:
-            netns.run("tc", "filter", "del", "dev", "uplink", "egress", "pref", "7")
-            copy.unlink()
+    node.wait_for(link.exists, "the program to be in its final place")
+    program = json.loads(run("bpftool", "-j", "link", "show", "pinned", str(link)).stdout)["prog_id"]
+    run("bpftool", "prog", "pin", "id", str(program), str(copy))
+    node.netns.run("tc", "qdisc", "replace", "dev", "uplink", "clsact")
+    filters = ("dev", "uplink", "egress", "pref", "7")
+    node.netns.run("tc", "filter", "add", *filters, "bpf", "da", "object-pinned", str(copy))
+    try:
+        yield
+    finally:
+        node.netns.run("tc", "filter", "del", *filters)
+        copy.unlink()
 
 
 def test_many_uplinks(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -14,7 +14,7 @@ from agent.datapath.object import Object
 
 from ..support import bpffs, private_network
 from .harness import Rig, two_pods
-from .world import SIZES, Node, node_places
+from .world import Node, loaded_node
 
 SOURCE = Path(__file__).resolve().parents[2] / "bpf"
 
@@ -140,13 +140,8 @@ def rig(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="module")
 def shared_node(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Load the real datapath for a node with an uplink, once for all tests of a module."""
-    mount = tmp_path_factory.mktemp("node") / "bpffs"
-    with (
-        bpffs(mount) as mounted,
-        node_places() as (pods, world),
-        load(datapath_object, mounted / "podlane", SIZES) as loaded,
-    ):
-        yield Node(loaded, mounted / "podlane", pods, world)
+    with loaded_node(datapath_object, tmp_path_factory.mktemp("node"), {}) as node:
+        yield node
 
 
 @pytest.fixture

@@ -1,140 +1,16 @@
 """What masquerading should do, once more: small, in memory, without a byte of any packet. The programs must agree.
 
-It says the rules of bpf/README.md. One thing it cannot know: which of the free ports a program picks at random. So it is
-told what the program did (`Choice`), and judges whether that was allowed.
+It says the rules of bpf/README.md. One thing it cannot know: which of the free ports a program picks at random. So it
+is told what the program did (`Choice`), and judges whether that was allowed.
 
-A second passes after everything that takes half a flow away, so the model has no ticks: the other half is always missed.
+A second passes after everything that takes half a flow away. So the model has no ticks: the other half misses it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from enum import Enum, Flag, auto
-from typing import NamedTuple
 
-TCP, UDP = 6, 17
-
-
-class Part(Enum):
-    """How much of a datagram a packet is."""
-
-    WHOLE = auto()
-    FIRST = auto()
-    LATER = auto()
-    """No ports in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What of a packet matters to NAT. Addresses are bytes, 4 or 16.
-
-    Of an echo, the identifier is the port of the side that asks; the other side has port 0.
-    """
-
-    protocol: int
-    source: bytes
-    source_port: int
-    destination: bytes
-    destination_port: int
-    syn: bool = False
-    ack: bool = False
-    fin: bool = False
-    rst: bool = False
-    is_echo_reply: bool = False
-    has_ports: bool = True
-    part: Part = Part.WHOLE
-    identification: int = 0
-    about: Message | None = None
-    """The packet that an ICMP error quotes; the ports above are then unused."""
-
-    @property
-    def is_fragment(self) -> bool:
-        """Whether it is not a whole datagram."""
-        return self.part is not Part.WHOLE
-
-    @property
-    def opens(self) -> bool:
-        """Whether it is TCP's first."""
-        return self.syn and not self.ack
-
-
-class Flow(NamedTuple):
-    """A flow as one of its packets shows it."""
-
-    source: bytes
-    source_port: int
-    destination: bytes
-    destination_port: int
-    protocol: int
-
-    @property
-    def reverse(self) -> Flow:
-        """The same flow as the other side's packets show it."""
-        return Flow(self.destination, self.destination_port, self.source, self.source_port, self.protocol)
-
-
-class State(Flag):
-    """How far a flow has come."""
-
-    NEW = 0
-    REPLIED = 1
-    FIN_OUT = 2
-    FIN_IN = 4
-    RESET = 8
-
-
-CLOSED = State.FIN_OUT | State.FIN_IN
-
-
-class End(NamedTuple):
-    """An address and a port."""
-
-    address: bytes
-    port: int
-
-
-@dataclass(slots=True)
-class Mapping:
-    """Whom a pod's flow passes for."""
-
-    end: End
-    seen: int
-    state: State = State.NEW
-
-
-class Choice(NamedTuple):
-    """What a program did where it may choose: its outcome, and the source port with which the packet left."""
-
-    outcome: str
-    port: int
-
-
-class Fate(NamedTuple):
-    """What becomes of a packet. `source` or `destination` is what it is changed to; `fast`: past the host stack."""
-
-    outcome: str
-    source: End | None = None
-    destination: End | None = None
-    fast: bool = False
-
-
-@dataclass(frozen=True)
-class Lifetimes:
-    """How long flows live after their last packet, in seconds."""
-
-    tcp_open: int
-    tcp_established: int
-    tcp_closed: int
-    udp: int
-    icmp: int
-
-    def of(self, protocol: int, state: State) -> int:
-        """Return a flow's."""
-        if protocol == TCP and (State.RESET in state or CLOSED in state):
-            return self.tcp_closed
-        if protocol == TCP:
-            return self.tcp_established if State.REPLIED in state else self.tcp_open
-        return self.udp if protocol == UDP else self.icmp
+from .nat_words import TCP, UDP, Choice, End, Fate, Flow, Lifetimes, Mapping, Message, Part, State
 
 
 @dataclass
@@ -165,21 +41,21 @@ class Nat:
 
     def from_pod(self, message: Message) -> Fate:
         """Judge what a pod sends."""
-        flow = self._flow(message)
+        flow = self.flow(message)
         if message.source in self.via_stack and (message.is_fragment or flow in self.stack_flows):
             return Fate("punt_reply")
         return Fate("fwd_local" if message.destination in self.pods else "fwd_uplink", fast=True)
 
     def to_pod(self, message: Message) -> Fate:
         """Judge what the stack sends to a pod."""
-        flow = self._flow(message)
+        flow = self.flow(message)
         if flow and message.destination in self.pods and message.source not in self.node.values():
             self._keep_in_stack(message, flow, message.destination)
         return Fate("fwd_from_stack")
 
     def to_uplink(self, message: Message, did: Choice, *, fast: bool) -> Fate:
         """Judge what leaves the node; `fast`: not through the stack."""
-        flow = self._flow(message)
+        flow = self.flow(message)
         if message.source not in self.pods:
             if flow and message.source in self.node.values():
                 self._reclaim(message, flow)
@@ -192,7 +68,7 @@ class Nat:
         if self._is_reply(message, flow):
             return Fate("fwd_reply")
         if message.about:
-            mapping = self.flows.get(flow)
+            mapping = self.flows.get(flow) if flow.source == message.source else None
             return Fate("masq_out", source=mapping.end) if mapping else Fate("drop_masq_unsupported")
         refused = self._ensure(message, flow, did)
         if refused:
@@ -202,7 +78,7 @@ class Nat:
 
     def from_uplink(self, message: Message) -> Fate:
         """Judge what comes from outside."""
-        flow = self._flow(message)
+        flow = self.flow(message)
         owner = self.owners.get(flow) if flow else None
         if flow and owner and owner.address != message.destination:
             if not message.about:
@@ -248,7 +124,7 @@ class Nat:
         if mapping:
             del self.flows[flow]
             self._release(flow, mapping.end)
-        if message.is_echo_reply or (flow.source_port == 0 and flow.protocol not in (TCP, UDP)):
+        if message.is_echo_reply or (message.part is Part.LATER and flow.source_port == 0):
             return "drop_masq_unsupported"
         end, refused = self._allocate(flow, did)
         if refused:
@@ -257,6 +133,7 @@ class Nat:
             self._release(flow, end)
             return "drop_masq_full"
         self.flows[flow] = Mapping(end, self.now)
+        self.inbound.pop(flow, None)
         return None
 
     def _allocate(self, flow: Flow, did: Choice) -> tuple[End, str | None]:
@@ -267,17 +144,17 @@ class Nat:
             free = self._free(flow)
             if not free or (did.outcome == "drop_masq_exhausted" and self.may_fail(flow)):
                 refused = "drop_masq_exhausted"
-            elif did.outcome == "masq_out":
-                port = did.port
+            else:
+                port = did.port or next(
+                    port for port in free if _answer(flow, self._end(flow, port)) not in self.owners
+                )
                 assert port in free, f"{port} is not free for {flow}"
                 refused = self._take(flow, port)
-            else:
-                refused = self._take(flow, next(iter(free)))
-        return End(self._address(flow), port), refused
+        return self._end(flow, port), refused
 
     def _take(self, flow: Flow, port: int) -> str | None:
         """Take the port for the flow, if nobody else has it; return why not."""
-        answer = _answer(flow, End(self._address(flow), port))
+        answer = _answer(flow, self._end(flow, port))
         if answer in self.owners:
             return None if self.owners[answer] == End(flow.source, flow.source_port) else "taken"
         if (flow.protocol, answer.destination, port) in self.host_ports:
@@ -290,7 +167,7 @@ class Nat:
     def _free(self, flow: Flow) -> set[int]:
         """Return the ports that the flow may take: nobody's, or its own from before."""
         mine = End(flow.source, flow.source_port)
-        answers = {port: _answer(flow, End(self._address(flow), port)) for port in self.ports}
+        answers = {port: _answer(flow, self._end(flow, port)) for port in self.ports}
         return {
             port
             for port, answer in answers.items()
@@ -303,7 +180,7 @@ class Nat:
             del self.owners[_answer(flow, end)]
 
     def _reclaim(self, message: Message, flow: Flow) -> None:
-        """What the node sends is the node's; where nothing else would tell of it (echo), that is noted."""
+        """Give the node what it sends from; where nothing else would tell of it (echo), that is noted."""
         asks = not message.is_echo_reply and flow.protocol not in (TCP, UDP) and message.part is not Part.LATER
         node = End(flow.source, flow.source_port)
         if message.about or flow.source_port not in self.ports:
@@ -333,13 +210,11 @@ class Nat:
     # ---- Flows that others open
 
     def _note_inbound(self, message: Message, answer: Flow) -> None:
-        if answer in self.inbound:
-            self.inbound[answer] = self.now
-        elif not message.about and answer not in self.flows:
+        if answer in self.inbound or (not message.about and answer not in self.flows):
             self.inbound[answer] = self.now
 
     def _is_reply(self, message: Message, flow: Flow) -> bool:
-        """A note counts unless it is old (TCP's SYN tells), or the pod has opened the flow itself."""
+        """Say whether there is a note that counts: it is not old (TCP's SYN tells), and the flow not the pod's own."""
         if message.opens or flow in self.flows or flow not in self.inbound or flow.source != message.source:
             return False
         old = self.now - self.inbound[flow] >= self.lifetimes.of(flow.protocol, State.NEW)
@@ -358,7 +233,7 @@ class Nat:
 
     # ---- Which flow
 
-    def _flow(self, message: Message) -> Flow | None:
+    def flow(self, message: Message) -> Flow | None:
         """Return the flow that a packet belongs to: by its ports, its datagram's, or those of what it quotes."""
         if message.about:
             quoted = message.about
@@ -373,8 +248,8 @@ class Nat:
         if message.part is Part.FIRST:
             self.fragments[_datagram(message)] = flow.source_port, flow.destination_port
 
-    def _address(self, flow: Flow) -> bytes:
-        return self.node[len(flow.source)]
+    def _end(self, flow: Flow, port: int) -> End:
+        return End(self.node[len(flow.source)], port)
 
 
 def _shown(message: Message) -> Flow:

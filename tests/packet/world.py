@@ -23,12 +23,13 @@ from scapy.all import (
     raw,
 )
 
-from agent.datapath.loader import Datapath
+from agent.datapath.loader import Datapath, load
+from agent.datapath.object import Object
 from agent.datapath.testrun import CHECKSUM_COMPLETE, SkBuff
 from agent.wiring import HOST_MAC
 from tests.node.namespaces import new_netns
 
-from ..support import ip, private_network
+from ..support import bpffs, ip, private_network
 from .harness import A, Pod, Ran, Rig, two_pods
 
 UPLINK = "up0"
@@ -188,6 +189,15 @@ def node_places() -> Iterator[tuple[dict[Pod, int], int]]:
     """Make the namespaces that a node is in and next to."""
     with two_pods() as pods, world_netns() as world, private_network():
         yield pods, world
+
+
+@contextmanager
+def loaded_node(compiled: Object, folder: Path, sizes: Mapping[str, int]) -> Iterator[Node]:
+    """Load the datapath for a node of its own, in a folder of its own; `sizes` are of maps, in entries."""
+    with bpffs(folder / "bpffs") as mounted, node_places() as (pods, world):
+        pins = mounted / "podlane"
+        with load(compiled, pins, {**SIZES, **sizes}) as loaded:
+            yield Node(loaded, pins, pods, world)
 
 
 def _uplink(netns: int) -> int:
