@@ -80,10 +80,10 @@ def network_namespaces() -> set[int]:
 
 
 def test_demo_succeeds(demo: Demo) -> None:
-    """The demo ends with status 0, shows ten steps without colours to what is no terminal, and leaves nothing."""
+    """The demo ends with status 0, shows eleven steps without colours to what is no terminal, and leaves nothing."""
     output = demo.end()
     assert demo.process.returncode == 0, output
-    assert re.findall(r"^ ?(\d+)  ", output, re.MULTILINE) == [str(number) for number in range(1, 11)]
+    assert re.findall(r"^ ?(\d+)  ", output, re.MULTILINE) == [str(number) for number in range(1, 12)]
     assert "ttl=63" in output
     assert "\x1b" not in output
     assert traces(demo) == []

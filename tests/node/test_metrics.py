@@ -6,11 +6,13 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent.state import State
 from tests.node.machine import LAUNCHER, Machine, Netns, TestPod, machine
 
 Values = dict[tuple[str, ...], float]
@@ -23,6 +25,11 @@ SIZES = {"10.9.0.0/28": 14, "fd09::/120": 255}
 # Every metric: its type and its labels. A dashboard relies on each of them.
 CATALOGUE = {
     "podlane_build_info": ("gauge", {"version", "python", "kernel"}),
+    "podlane_map_fill_ratio": ("gauge", {"map"}),
+    "podlane_masquerade_collected": ("counter", {"kind"}),
+    "podlane_masquerade_destination_ports": ("gauge", set()),  # labelled by destination once there is one
+    "podlane_masquerade_flows": ("gauge", {"protocol"}),
+    "podlane_uplink_info": ("gauge", {"device", "ipv4", "ipv6"}),
     "podlane_cni_operation_duration_seconds": ("histogram", {"command"}),
     "podlane_cni_operations": ("counter", {"command", "result"}),
     "podlane_datapath_bytes": ("counter", {"outcome"}),
@@ -147,7 +154,7 @@ def test_bytes(node: Machine, pods: tuple[TestPod, TestPod], family: int) -> Non
 
 def test_repairs_by_kind(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
     """All kinds of repairs are there from the start at 0, so that a rate of the first one can be seen."""
-    kinds = {(kind,) for kind in ("devices", "endpoints", "hooks", "neighbours", "routes", "subnets")}
+    kinds = {("devices",), *((table.name,) for table in fields(State))}
     assert values(node, "podlane_repairs_total").keys() == kinds
     before = values(node, "podlane_repairs_total")["routes",]
     node.netns.run("ip", "route", "delete", pods[0].addresses[V4])
