@@ -327,7 +327,7 @@ class Machine:
                 for line in self.netns.run("ip", "neigh", "show", "nud", "permanent").stdout.splitlines()
                 if "dev pl" in line
             ],
-            "links": _names(self.bpffs / "links"),
+            "links": [name for name in _names(self.bpffs / "links") if name.startswith("pl")],
             "rows": rows,
             "endpoints": self.endpoints(),
             "spool": _names(self.directory / "spool"),
