@@ -40,6 +40,12 @@ test-unit: setup build ## Run the tests that need no root
 test-packet: setup build ## Run the BPF programs on single packets (BPF_PROG_TEST_RUN)
 	$(PYTEST) tests/packet
 
+.PHONY: soak
+soak: export PODLANE_SOAK_STEPS ?= 3000000
+soak: export PODLANE_FUZZ_PACKETS ?= 20000000
+soak: setup build ## Run the random packet tests for about an hour (PODLANE_SOAK_STEPS, PODLANE_FUZZ_PACKETS)
+	$(PYTEST) tests/packet/test_nat_model.py tests/packet/test_fuzz.py tests/packet/test_fuzz_uplink.py
+
 .PHONY: test-node
 test-node: setup build ## Run agent and launcher in network namespaces
 	$(PYTEST) tests/node

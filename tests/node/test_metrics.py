@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.state import State
+from agent.loop import Tables
 from tests.node.machine import LAUNCHER, Machine, Netns, TestPod, machine
 
 Values = dict[tuple[str, ...], float]
@@ -25,22 +25,23 @@ SIZES = {"10.9.0.0/28": 14, "fd09::/120": 255}
 # Every metric: its type and its labels. A dashboard relies on each of them.
 CATALOGUE = {
     "podlane_build_info": ("gauge", {"version", "python", "kernel"}),
-    "podlane_map_fill_ratio": ("gauge", {"map"}),
-    "podlane_masquerade_collected": ("counter", {"kind"}),
-    "podlane_masquerade_destination_ports": ("gauge", set()),  # labelled by destination once there is one
-    "podlane_masquerade_flows": ("gauge", {"protocol"}),
-    "podlane_uplink_info": ("gauge", {"device", "ipv4", "ipv6"}),
     "podlane_cni_operation_duration_seconds": ("histogram", {"command"}),
     "podlane_cni_operations": ("counter", {"command", "result"}),
     "podlane_datapath_bytes": ("counter", {"outcome"}),
     "podlane_datapath_packets": ("counter", {"outcome"}),
     "podlane_ipam_addresses_free": ("gauge", {"range"}),
     "podlane_ipam_addresses_used": ("gauge", {"range"}),
+    "podlane_map_fill_ratio": ("gauge", {"map"}),
+    "podlane_masquerade_collected": ("counter", {"kind"}),
+    "podlane_masquerade_destination_ports": ("gauge", set()),  # {"destination"}, when there are flows
+    "podlane_masquerade_flows": ("gauge", {"protocol"}),
     "podlane_pods": ("gauge", set()),
     "podlane_ready": ("gauge", set()),
     "podlane_repairs": ("counter", {"kind"}),
     "podlane_start_duration_seconds": ("gauge", {"phase"}),
+    "podlane_uplink_info": ("gauge", {"device", "ipv4", "ipv6"}),
 }
+KINDS = ("devices", *(each.name for each in fields(Tables)))
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,7 @@ def test_bytes(node: Machine, pods: tuple[TestPod, TestPod], family: int) -> Non
 
 def test_repairs_by_kind(node: Machine, pods: tuple[TestPod, TestPod]) -> None:
     """All kinds of repairs are there from the start at 0, so that a rate of the first one can be seen."""
-    kinds = {("devices",), *((table.name,) for table in fields(State))}
-    assert values(node, "podlane_repairs_total").keys() == kinds
+    assert values(node, "podlane_repairs_total").keys() == {(kind,) for kind in KINDS}
     before = values(node, "podlane_repairs_total")["routes",]
     node.netns.run("ip", "route", "delete", pods[0].addresses[V4])
     node.wait_for(lambda: values(node, "podlane_repairs_total")["routes",] == before + 1, "the repair")

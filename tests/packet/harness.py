@@ -8,6 +8,7 @@ has the programs attached and real frames sent.
 from __future__ import annotations
 
 import os
+import random
 import socket
 import struct
 import time
@@ -44,6 +45,9 @@ CHANGED = SENT | DELIVERED | {"masq_out"}
 
 LARGEST = 3712
 """The largest frame BPF_PROG_TEST_RUN takes, in bytes: a page less the kernel's own headroom and tailroom."""
+
+FUZZ_PACKETS = int(os.environ.get("PODLANE_FUZZ_PACKETS", "1000000"))
+"""How many random packets the fuzz tests send, all programs together."""
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 
@@ -161,6 +165,13 @@ class Rig:
         counters = self.datapath.maps["outcomes"].get_bytes(bytes(4))
         assert counters
         return struct.unpack(f"={len(counters) // 8}Q", counters)
+
+
+def random_source() -> random.Random:
+    """Return a source of random numbers; pytest shows its seed when the test fails."""
+    seed = random.randrange(1 << 32)
+    print(f"random.Random({seed})")
+    return random.Random(seed)
 
 
 def verdicts_of(outcome: str) -> set[int]:

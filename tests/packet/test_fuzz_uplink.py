@@ -1,12 +1,11 @@
 """Damaged packets through an uplink's programs: what comes out is what went in, or that under another address and port.
 
 What may change is listed by a reader of packets that shares nothing with the C, and every checksum must be exactly as
-right, or as wrong, as it was. PODLANE_FUZZ_PACKETS sets how many packets the run has, of which this file takes a fifth.
+right, or as wrong, as it was. PODLANE_FUZZ_PACKETS sets how many packets the fuzz tests send; half of them are here.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +16,15 @@ from itertools import product
 import pytest
 from scapy.all import ICMP, ICMPv6PacketTooBig, IPv6ExtHdrFragment, Packet, Raw
 
-from .harness import A, B, Ran
+from agent.datapath.tables import outcomes
+
+from .harness import FUZZ_PACKETS, A, B, Ran, random_source
 from .world import FAMILIES, KINDS, NODE, OTHER, WORLD, Node, address_of, answer, arriving, built, leaving, request
 
 pytestmark = pytest.mark.root
 
-PACKETS = int(os.environ.get("PODLANE_FUZZ_PACKETS", "100000")) // 5
+PACKETS = FUZZ_PACKETS * 2 // 5
+PACKETS_TO_PODS = FUZZ_PACKETS // 10
 PORTS = (50000, 50001, 1234)
 
 TCP, UDP, ICMP4, FRAGMENT, ICMP6 = 6, 17, 1, 44, 58
@@ -41,6 +43,8 @@ class Fields:
     """Offset and size, by name; names of quoted fields begin with a dot."""
     sums: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """By the checksum's name, the stretches of the frame that it covers, from and to."""
+    protocol: int = 0
+    """Of the transport; if something is quoted, of that."""
 
 
 def read(frame: bytes) -> Fields:
@@ -67,9 +71,10 @@ def read_ip(frame: bytes, fields: Fields, at: int, limit: int, prefix: str) -> N
         ends = (at + 8, at + 40)
         fields.places |= {prefix + "ttl": (at + 7, 1)}
         fields.places |= {prefix + "source": (at + 8, 16), prefix + "destination": (at + 24, 16)}
-        if protocol == FRAGMENT:
+        if protocol == FRAGMENT and at + 48 <= len(frame):
             protocol, later = frame[at + 40], int.from_bytes(frame[at + 42 : at + 44], "big") & 0xFFF8
             header = 48
+    fields.protocol = protocol
     if not later:
         read_transport(frame, fields, (at + header, end), protocol, ends, prefix)
 
@@ -102,7 +107,7 @@ def read_transport(
 def total(frame: bytes, stretches: list[tuple[int, int]]) -> int:
     """Return the ones' complement sum of parts of a frame."""
     parts = [frame[start:end] + bytes((end - start) % 2) for start, end in stretches]
-    return sum(int.from_bytes(part[at : at + 2], "big") for part in parts for at in range(0, len(part), 2)) % 0xFFFF
+    return sum(int.from_bytes(part, "big") for part in parts) % 0xFFFF  # as if by 16 bits: 0x10000 is 1 there
 
 
 ROUTED = {"destination mac", "source mac", "ttl", "ip checksum", "checksum"}
@@ -129,6 +134,41 @@ def check(frame: bytes, ran: Ran, way: str) -> None:
         at, _ = fields.places[name]
         if name.endswith("ip checksum") or frame[at : at + 2] != bytes(2) or ran.packet[at : at + 2] != bytes(2):
             assert total(frame, covered) == total(ran.packet, covered), f"{name}, {case}"
+
+
+class Translations:
+    """For whom each port of the node's stands, learnt from what was translated: for one flow, and both ways."""
+
+    def __init__(self) -> None:
+        self._owners: dict[tuple[int, bytes, bytes, bytes], bytes] = {}
+
+    def check(self, frame: bytes, ran: Ran, way: str) -> None:
+        """Check that a translated packet is on the node's side of the flow as expected, and on the pod's."""
+        if ran.outcome not in ("masq_out", "masq_in"):
+            return
+        outside, inside = (ran.packet, frame) if way == "out" else (frame, ran.packet)
+        key, pod = flow_of(outside, way), flow_of(inside, way)
+        if not key or not pod:
+            return
+        case = f"{way}: {frame.hex()} became {ran.packet.hex()}"
+        assert key[:3] == pod[:3], case
+        assert key[3][:-2] in NODE_ADDRESSES, case
+        assert int.from_bytes(key[3][-2:], "big") >= 49152, case
+        assert self._owners.setdefault(key, pod[3]) == pod[3], case
+
+
+def flow_of(frame: bytes, way: str) -> tuple[int, bytes, bytes, bytes] | None:
+    """Return a packet's protocol, its address and port outside, and both together on this side, if it has ports."""
+    fields = read(frame)
+    quotes = "." if ".source" in fields.places else ""
+    here, there = ("source", "destination") if (way == "out") != bool(quotes) else ("destination", "source")
+
+    def value(name: str) -> bytes:
+        at, size = fields.places.get(quotes + name, (0, 0))
+        return frame[at : at + size]
+
+    port = value(f"{here} port") or value("identifier")
+    return (fields.protocol, value(there), value(f"{there} port"), value(here) + port) if port else None
 
 
 # ---- Packets
@@ -177,6 +217,7 @@ def seeds(way: str) -> list[bytes]:
     return [built(packet) for packet in packets]
 
 
+NODE_ADDRESSES = {ip_address(address).packed for address in NODE.values()}
 ADDRESSES = [
     ip_address(text).packed
     for family in FAMILIES
@@ -205,22 +246,41 @@ def damaged(good: bytes, choose: random.Random) -> bytes:
     return bytes(frame) + bytes(max(0, 54 - len(frame)))
 
 
-@pytest.mark.timeout(120 + PACKETS // 100)
+@pytest.mark.timeout(120 + PACKETS // 500)
 def test_damaged_packets(node: Node) -> None:
-    """Of all packets, damaged or not, both ways: what comes out is the input, or the input correctly translated."""
-    choose, seen = random.Random(), Counter[str]()
+    """Of all packets, damaged or not, both ways: what comes out is the input, or the input correctly translated.
+
+    That is under a port that stands for this flow alone, and back to the pod that has it. The counters add up.
+    """
+    choose, seen, before = random_source(), Counter[str](), outcomes(node.datapath)
     good = {way: seeds(way) for way in ("out", "in")}
     for number in range(PACKETS):
         if number % 1000 == 0:
             node.reset()
+            translations = Translations()
         way = choose.choice(("out", "in"))
         frame = damaged(choose.choice(good[way]), choose)
         ran = node.out(frame, fast=choose.random() < 0.9) if way == "out" else node.into(frame)
         check(frame, ran, way)
+        translations.check(frame, ran, way)
         seen[ran.outcome] += 1
-    assert seen.total() == PACKETS
+    after = outcomes(node.datapath)
+    assert {name: after[name].packets - before[name].packets for name in after} == {name: seen[name] for name in after}
     wanted = {"masq_in", "masq_out", "fwd_inbound", "fwd_reply", "fwd_host_in", "fwd_host_out"}
     assert wanted | {"punt_fragment", "drop_masq_fragment", "drop_masq_unsupported"} <= seen.keys()
+
+
+@pytest.mark.timeout(120 + PACKETS_TO_PODS // 500)
+def test_damaged_packets_to_pods(node: Node) -> None:
+    """Whatever the stack sends to a pod, damaged or not, passes unchanged and is counted as what it is."""
+    choose, before = random_source(), outcomes(node.datapath)
+    good = seeds("in") + seeds("out")
+    for _ in range(PACKETS_TO_PODS):
+        frame = damaged(choose.choice(good), choose)
+        assert node.to_pod(frame, pod=choose.choice((A, B))).outcome == "fwd_from_stack"
+    after = outcomes(node.datapath)
+    growth = {name: after[name].packets - before[name].packets for name in after if after[name] != before[name]}
+    assert growth == {"fwd_from_stack": PACKETS_TO_PODS}
 
 
 def test_the_check_finds_faults(node: Node) -> None:

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from agent.datapath.object import Object
 
-from .harness import A, B, Pod
+from .harness import A, B, Pod, random_source
 from .nat_duel import CAPACITY, NOTES, Duel
 from .nat_talk import FAMILIES, FLAGS, KINDS, POD_PORTS, PORTS, How, Talk
 from .nat_words import Part
@@ -229,9 +229,7 @@ REACHED = {
 @pytest.mark.timeout(120 + STEPS // 250)
 def test_long_walk(tight_node: Node) -> None:
     """Program and model agree on every outcome, verdict, packet and entry, through 100,000 random steps."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")  # pytest shows it when the test fails
-    choose, seen = random.Random(seed), Counter[str]()
+    choose, seen = random_source(), Counter[str]()
     for start in range(0, STEPS, WALK):
         duel = Duel(tight_node, seen)
         walk = Walk(duel, choose)
@@ -241,7 +239,7 @@ def test_long_walk(tight_node: Node) -> None:
                 if number % 50 == 49:
                     duel.compare_memory()
         except AssertionError as error:
-            raise AssertionError(f"seed {seed}, in the walk that begins at step {start}") from error
+            raise AssertionError(f"in the walk that begins at step {start}") from error
         finally:
             duel.close()
     assert seen.keys() == REACHED
