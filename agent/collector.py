@@ -120,7 +120,7 @@ class Collector:
                 self.scan()
                 self._rest(*pauses(self._pressure(), time.thread_time() - started))
                 trouble = ""
-            except KernelError as error:
+            except Exception as error:  # whatever it is, flows must go on being collected
                 if str(error) != trouble:
                     log.error("cannot collect expired flows error=%r", str(error))
                 trouble = str(error)

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
-_ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address
+_ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address; one more is the self-test's
 
 
 class StartError(Exception):
@@ -92,6 +92,7 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
         resync_seconds=config.resync_seconds,
         outside=surroundings.outside,
     )
+    readiness.trouble = loop.trouble
     node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
     _reserve_ports(config)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
@@ -114,7 +115,9 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
     with _timed("load", metrics):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         sizes = masquerade.map_sizes(config.masquerade, memory)
-        return loader.load(program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD, **sizes})
+        return loader.load(
+            program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD + 1, **sizes}
+        )
 
 
 def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
@@ -181,7 +184,7 @@ def _serve_launchers(paths: Paths, node: Node, metrics: Metrics, cleanup: ExitSt
     served = observed(partial(handle, node=node), metrics.observe_call)
     spool = Spool(paths.spool, served)
     spool.drain()
-    server = Server(paths.socket, served)
+    server = Server(paths.socket, spool.serve)
     server.start()
     cleanup.callback(server.stop)
     return spool

@@ -133,6 +133,12 @@ class Loop:
             self._condition.notify_all()
         self._thread.join(timeout=1)
 
+    def trouble(self) -> str:
+        """Say why the last pass failed as a whole, or that there will be none; empty if all is well."""
+        if self._thread.ident is not None and not self._thread.is_alive():
+            return "the loop has ended"
+        return self._trouble
+
     def kernel_changed(self) -> None:
         """Note that something may have changed behind our back: a full pass follows soon."""
         with self._condition:
@@ -201,7 +207,7 @@ class Loop:
         """Return whether there is more to settle now; after a failure it waits for its next turn."""
         try:
             return self._settle()
-        except KernelError as error:
+        except Exception as error:  # as in a pass: the thread must live
             self._settle_failures = _told(self._settle_failures, {"settling": error})
             return False
 
@@ -298,7 +304,7 @@ def _attempt(action: Callable[[Pod], None], pods: Iterable[Pod], failures: dict[
     return done
 
 
-def _told(before: Mapping[str, str], failures: Mapping[str, KernelError]) -> dict[str, str]:
+def _told(before: Mapping[str, str], failures: Mapping[str, Exception]) -> dict[str, str]:
     """Log what is new among the failures, so that one which lasts is logged once; return all, for the next time."""
     now = {what: str(error) for what, error in failures.items()}
     for what, error in now.items():

@@ -26,6 +26,7 @@ from agent.expiry import PROTOCOLS
 from agent.node import Readiness
 from agent.ranges import Range
 from agent.state import KernelError, Uplink
+from agent.store import StoreError
 
 # ADD takes some milliseconds; what matters is when it does not.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -228,7 +229,7 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
 def _scrape(app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     try:
         return app(environ, start_response)
-    except KernelError as error:
+    except (KernelError, StoreError) as error:
         return _answer(start_response, "500 Internal Server Error", str(error))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from ipaddress import ip_interface, ip_network
 from agent import netlink
 from agent.loop import Loop
 from agent.state import KernelError
-from agent.store import AttachmentExists, Netns, Pod, RangeExhausted, Store
+from agent.store import AttachmentExists, Netns, Pod, RangeExhausted, Store, StoreError
 from agent.wiring import GATEWAYS, HOST_MAC, Wiring, device_name, netns_id, pod_mac
 from cni.call import Attachment
 from cni.errors import CniError, Code
@@ -19,7 +20,9 @@ from cni.result import Interface, Result, Route
 
 log = logging.getLogger(__name__)
 
-_SYNC_SECONDS = 20.0  # below the launcher's deadline, so that the runtime hears the reason
+# Below the launcher's deadlines (60 s for ADD, 10 s for DEL), so that the runtime hears the reason.
+_ADD_SECONDS = 20.0
+_DEL_SECONDS = 8.0
 _DEFAULT_ROUTES = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
@@ -31,13 +34,18 @@ class Readiness:
     """What the datapath's proof lacks; empty once it is there."""
     uninstalled: str = "the CNI configuration is not installed yet"
     """What could not be put where the runtime looks; empty if nothing."""
+    trouble: Callable[[], str] = lambda: ""
+    """Says what keeps the kernel from being brought up to date; empty if nothing."""
     exhausted: Callable[[], str] = lambda: ""
     """Says which addresses have run out; empty while there are some."""
 
     @property
     def reason(self) -> str:
         """Why ADD cannot be served now; empty if it can."""
-        return self.unproved or self.uninstalled or self.exhausted()
+        try:
+            return self.unproved or self.uninstalled or self.trouble() or self.exhausted()
+        except StoreError as error:
+            return str(error)
 
 
 class Node:
@@ -50,6 +58,21 @@ class Node:
         self._loop = loop
         self._mtu = mtu
         self._readiness = readiness
+        self._turns = threading.Condition()
+        self._at_work: set[Attachment] = set()
+
+    @contextmanager
+    def turn(self, attachment: Attachment) -> Iterator[None]:
+        """See `cni.commands.Node`."""
+        with self._turns:
+            self._turns.wait_for(lambda: attachment not in self._at_work)
+            self._at_work.add(attachment)
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._at_work.remove(attachment)
+                self._turns.notify_all()
 
     def reserve(self, attachment: Attachment, netns_path: str, netns: int, mtu: int) -> None:
         """See `cni.commands.Node`.
@@ -79,7 +102,7 @@ class Node:
         pod = self._known(attachment)
         with _translated():
             self._wiring.create(pod, netns)
-            self._loop.sync(_SYNC_SECONDS)
+            self._loop.sync(_ADD_SECONDS)
             self._loop.check(pod)
             self._wiring.configure(pod, netns)
         return _result(pod)
@@ -97,7 +120,7 @@ class Node:
         device = device_name(attachment)
         with _translated():
             self._wiring.delete(device)
-            self._loop.sync(_SYNC_SECONDS)
+            self._loop.sync(_DEL_SECONDS)
             # A repair that was under way may have made it again; the pass that has just ended makes no more.
             self._wiring.delete(device)
         self._store.remove(attachment)

@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from cni import wire
@@ -64,27 +64,25 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def finish_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # noqa: ARG002
         """Serve one launcher."""
-        with self._turns:
-            _, uid, _ = _CREDENTIALS.unpack(
-                request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
-            if uid != 0:
-                log.warning("refused caller uid=%d", uid)
-                return
-            request.settimeout(_RECEIVE_SECONDS)
-            try:
-                _serve(request, self._handle)
-            except wire.WireError as error:
-                log.warning("launcher gave up or spoke nonsense error=%r", str(error))
+        _, uid, _ = _CREDENTIALS.unpack(request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        if uid != 0:
+            log.warning("refused caller uid=%d", uid)
+            return
+        request.settimeout(_RECEIVE_SECONDS)
+        try:
+            self._serve(request)
+        except wire.WireError as error:
+            log.warning("launcher gave up or spoke nonsense error=%r", str(error))
 
-
-def _serve(connection: socket.socket, handle: Handle) -> None:
-    request = wire.receive(connection)
-    try:
-        wire.reply(connection, handle(request))
-    finally:
-        if request.netns is not None:
-            os.close(request.netns)
+    def _serve(self, connection: socket.socket) -> None:
+        request = wire.receive(connection)
+        try:
+            # STATUS waits for nobody: its runtime would take the node for unready while many pods start.
+            with nullcontext() if request.env.get("CNI_COMMAND") == "STATUS" else self._turns:
+                wire.reply(connection, self._handle(request))
+        finally:
+            if request.netns is not None:
+                os.close(request.netns)
 
 
 def observed(handle: Handle, observe: Callable[[str, int, float], None]) -> Handle:

@@ -29,6 +29,12 @@ class Spool:
         self._handle = handle
         self._told: dict[Path, str] = {}
 
+    def serve(self, request: wire.Request) -> wire.Reply:
+        """Serve a call, an ADD after what is spooled: a DEL that waits may be of an earlier life of its attachment."""
+        if request.env.get("CNI_COMMAND") == "ADD":
+            self.drain()
+        return self._handle(request)
+
     def drain(self) -> None:
         """Do what is spooled, oldest first. What fails stays for the next time; what nobody can read is set aside."""
         if not self._directory.is_dir():

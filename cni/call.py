@@ -121,6 +121,8 @@ def _check_ifname(name: str) -> None:
         raise CniError(
             Code.INVALID_ENVIRONMENT, "interface name may not be . or .., nor contain / or : or white space", name
         )
+    if not name.isprintable():  # neither control characters nor bytes that are not UTF-8
+        raise CniError(Code.INVALID_ENVIRONMENT, "interface name has characters that cannot be printed", repr(name))
 
 
 def _parse_config(stdin: bytes) -> NetConf:

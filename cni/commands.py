@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
 from cni.call import LATEST, Attachment, Call, parse
@@ -20,6 +20,12 @@ log = logging.getLogger(__name__)
 
 class Node(Protocol):
     """What the commands ask of the agent. Every method may raise CniError."""
+
+    def turn(self, attachment: Attachment) -> AbstractContextManager[None]:
+        """Wait until no other call is at work on this attachment, and keep others waiting for the time of the block.
+
+        A runtime may give up on an ADD, and go on to DEL, while the node is still at it.
+        """
 
     def reserve(self, attachment: Attachment, netns_path: str, netns: int, mtu: int) -> None:
         """Give the attachment its addresses, durably; refuses one that has some already."""
@@ -58,9 +64,11 @@ def _failure(error: CniError, version: str) -> Reply:
 def _dispatch(call: Call, request: Request, node: Node) -> bytes:
     match call.command:
         case "ADD":
-            return json.dumps(add(call, request, node).to_json(call.config.cni_version)).encode()
+            with node.turn(call.attachment):
+                return json.dumps(add(call, request, node).to_json(call.config.cni_version)).encode()
         case "DEL":
-            node.release(call.attachment)
+            with node.turn(call.attachment):
+                node.release(call.attachment)
         case "STATUS":
             node.status()
     return b""

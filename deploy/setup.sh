@@ -32,6 +32,8 @@ if [ -n "$missing" ]; then
     # Only the programs are wanted: no service of theirs may start on this machine.
     if [ ! -e /usr/sbin/policy-rc.d ]; then
         trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+        trap 'exit 130' INT # dash runs the EXIT trap at exit only, not when a signal ends it
+        trap 'exit 143' TERM
         printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
         chmod 755 /usr/sbin/policy-rc.d
     fi

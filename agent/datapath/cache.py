@@ -48,7 +48,7 @@ def compiled(source_dir: Path, cache: Path, *, defines: Mapping[str, str]) -> Ob
 
 def compile_source(source: str) -> Object:
     """Return the object of a source text that includes no file of ours. Raises CompileError."""
-    command = [sys.executable, "-m", "agent.datapath.compile"]
+    command = [sys.executable, "-P", "-m", "agent.datapath.compile"]  # -P: nothing from the current directory
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     try:
         child = subprocess.run(

@@ -112,7 +112,10 @@ class TcxHooks:
         """
         for old, attached in self.read().items():
             if (old.direction, attached) == (hook.direction, wanted):
-                self._pin(old).rename(self._pin(hook))
+                try:
+                    self._pin(old).rename(self._pin(hook))
+                except OSError as error:
+                    raise KernelError(f"rename the pinned link of {old.device}: {error}") from error
                 return True
         return False
 

@@ -116,6 +116,7 @@ def enable_forwarding() -> None:
     """Let the host stack forward between pods and the world. Raises KernelError."""
     sysctl.ensure("net/ipv4/ip_forward", "1")
     if sysctl.ipv6_present():
+        sysctl.keep_router_advertisements()
         sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
 
 

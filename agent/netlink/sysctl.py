@@ -27,6 +27,20 @@ def ensure(name: str, value: str) -> None:
         raise kernel_error(f"set sysctl {name} to {value}", error) from error
 
 
+def keep_router_advertisements() -> None:
+    """Let devices that learn routes from router advertisements go on doing so on a node that forwards.
+
+    Otherwise the kernel forgets their default routes as soon as forwarding is switched on
+    (Documentation/networking/ip-sysctl.rst, accept_ra: 1 means "unless forwarding"). Raises KernelError.
+    """
+    try:
+        for setting in Path("/proc/sys/net/ipv6/conf").glob("*/accept_ra"):
+            if setting.read_text().strip() == "1":
+                setting.write_text("2")
+    except OSError as error:
+        raise kernel_error("keep router advertisements", error) from error
+
+
 def ipv6_present() -> bool:
     """Say whether the kernel knows IPv6 at all (it may be booted with ipv6.disable=1)."""
     return os.path.exists("/proc/sys/net/ipv6")  # noqa: PTH110 - for every pod, and pathlib costs twice as much

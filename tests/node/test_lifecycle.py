@@ -16,7 +16,8 @@ from tests.node.programs import pinned, wait_settled
 from tests.node.traffic import lossless_traffic
 
 OTHERS = 20  # more pods, so that a wrong order of changes shows: the time between two of them grows with their number
-MULTICAST = {"fwd_from_stack", "punt_multicast", "punt_options", "fwd_host_in", "fwd_host_out"}  # the kernels' own listener reports
+# The kernels' own listener reports.
+MULTICAST = {"fwd_from_stack", "punt_multicast", "punt_options", "fwd_host_in", "fwd_host_out"}
 
 
 @pytest.fixture

@@ -304,6 +304,15 @@ def test_forwarding_is_enabled(host_netns: int) -> None:
     assert [sysctl(name, netns=host_netns) for name in names] == ["1", "1"]
 
 
+def test_router_advertisements_are_kept(host_netns: int) -> None:
+    """A device that learns its routes from router advertisements goes on doing so; one that does not stays so."""
+    run("ip link add learns type veth peer name deaf")
+    Path("/proc/sys/net/ipv6/conf/deaf/accept_ra").write_text("0")
+    netlink.enable_forwarding()
+    shown = [sysctl(f"net/ipv6/conf/{name}/accept_ra", netns=host_netns) for name in ("learns", "deaf")]
+    assert shown == ["2", "0"]
+
+
 def test_fifty_pods_at_once(make_netns: MakeNetns) -> None:
     """Fifty threads wire fifty pods at the same time, and every one of them answers."""
     pods = [Pod(number, make_netns()) for number in range(1, 51)]

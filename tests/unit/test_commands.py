@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from ipaddress import ip_interface, ip_network
 from typing import Any
 
@@ -40,6 +41,10 @@ class RecordingNode:
         self.calls.append((name, *arguments))
         if name in self._failures:
             raise self._failures[name]
+
+    def turn(self, attachment: Attachment) -> AbstractContextManager[None]:  # noqa: ARG002  # as the protocol has it
+        """Let everybody at once: see test_node for the real one."""
+        return nullcontext()
 
     def reserve(self, attachment: Attachment, netns_path: str, netns: int, mtu: int) -> None:
         """Record."""

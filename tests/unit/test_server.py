@@ -253,3 +253,28 @@ def test_observer() -> None:
     assert handle(wire.Request({}, b"")) == wire.Reply(0, b"x")
     assert [(command, code) for command, code, _ in calls] == [("ADD", 2), ("", 0)]
     assert all(0 <= seconds < 30 for _, _, seconds in calls)
+
+
+def test_status_waits_for_nobody(path: Path) -> None:
+    """STATUS is answered while as many ADDs as are served at a time are at work."""
+    release, at_work = threading.Event(), threading.Semaphore(0)
+
+    def slow(request: wire.Request) -> wire.Reply:
+        if request.env["CNI_COMMAND"] == "ADD":
+            at_work.release()
+            release.wait(30)
+        return echo(request)
+
+    with serving(path, slow):
+        threads = [threading.Thread(target=ask, args=(path,)) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for _ in range(16):
+            assert at_work.acquire(timeout=10)
+        try:
+            request = wire.Request({"CNI_COMMAND": "STATUS", "N": "1"}, b"")
+            assert exchange(path, wire.encode(request)).endswith(b"1")
+        finally:
+            release.set()
+            for thread in threads:
+                thread.join(30)

@@ -161,3 +161,13 @@ def test_threads(agent: Agent, directory: Path) -> None:
     assert failures == []
     assert set(agent.seen) == names
     assert contents(directory) == []
+
+
+def test_add_waits_for_what_is_spooled(agent: Agent, directory: Path) -> None:
+    """A DEL that still waits is done before an ADD, which may be of the same attachment; other calls do not look."""
+    path = leave(directory, "1", "old")
+    spool = Spool(directory, agent.handle)
+    for command in ("STATUS", "DEL", "ADD"):
+        spool.serve(wire.Request({"CNI_COMMAND": command, "CNI_CONTAINERID": command}, b""))
+    assert agent.seen == ["STATUS", "DEL", "old", "ADD"]
+    assert not path.exists()
