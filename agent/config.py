@@ -226,4 +226,18 @@ def load(path: Path) -> Config:
     try:
         return Config.model_validate(raw or {})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error)}") from error
+        raise ConfigError(f"{path}: {explain(error)}{_allowed_keys(error)}") from error
+
+
+def _allowed_keys(error: ValidationError) -> str:
+    """Say which keys there are, if one that there is not was given."""
+    if all(fault["type"] != "extra_forbidden" for fault in error.errors()):
+        return ""
+    models: dict[str, type[BaseModel]] = {
+        "": Config,
+        "masquerade.": Masquerade,
+        "paths.": Paths,
+        "ranges.*.": Subnet,
+    }
+    keys = (f"{prefix}{name}" for prefix, model in models.items() for name in model.model_fields)
+    return f"; the keys are {', '.join(keys)}"

@@ -75,8 +75,15 @@ def in_a_ring(pods: Sequence[Pod]) -> list[list[Pod]]:
 
 
 def traces(cluster: Cluster) -> dict[str, list[str]]:
-    """Return all that podlane has made for pods on the node, in a fixed order."""
-    return {kind: sorted(found) for kind, found in cluster.node.traces().items()}
+    """Return all that podlane has made for pods on the node, in a fixed order, once their programs have settled."""
+    found = cluster.node.traces()
+
+    def have_settled() -> bool:
+        found.update(cluster.node.traces())
+        return len(found["links"]) == 2 * len(found["devices"])
+
+    cluster.node.wait_for(have_settled, "two links for every device")
+    return {kind: sorted(lines) for kind, lines in found.items()}
 
 
 def test_every_pod_reaches_every_other(cluster: Cluster, pods: list[Pod]) -> None:

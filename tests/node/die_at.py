@@ -1,6 +1,8 @@
-"""Runs the unmodified agent and kills it, by SIGKILL, just before the N-th step of one CNI call.
+"""Runs the unmodified agent and kills it, by SIGKILL, just before the N-th step of one call.
 
     python -m tests.node.die_at COMMAND CONTAINER STEP --config FILE
+
+The command may be SETTLE, the agent's own call that moves programs to where they shall stay, of whichever container.
 
 A step is a change that outlives the process: an SQL statement, a netlink message, a BPF call, a change of a file, and
 in the end the reply. A kill between two other instructions leaves the same world behind as the kill at the next step.
@@ -20,6 +22,7 @@ from types import FrameType
 from agent.__main__ import main as agent_main
 from agent.datapath import libbpf
 from agent.datapath.maps import Map
+from agent.hooks import StagedHooks
 from agent.netlink.channel import dump
 from agent.store import Store
 from cni.commands import handle
@@ -29,7 +32,7 @@ from cni.wire import reply
 # the Python functions that make them.
 _OUTSIDE = {"Connection.execute", "socket.send", "FileIO.write", "unlink", "mkdir"}
 _BPF_CALLS = (libbpf.pin, libbpf.link_create, libbpf.link_update, libbpf.link_detach, Map.update, Map.delete)
-_ARRIVAL, _REPLY = handle.__code__, reply.__code__
+_ARRIVAL, _REPLY, _SETTLE = handle.__code__, reply.__code__, StagedHooks.settle.__code__
 _READS = {dump.__code__, Store.pods.__code__}
 _STEPS = {_REPLY, *(function.__code__ for function in _BPF_CALLS)}
 
@@ -47,6 +50,8 @@ class Executioner:
         """Look at one call or return."""
         if event == "call":
             self._python_call(frame)
+        elif event == "return" and frame.f_code is _SETTLE and self._victim[0] == "SETTLE":
+            self._armed = False
         elif event == "c_call" and self._armed:
             name = getattr(what, "__qualname__", "")
             if name in _OUTSIDE and frame.f_code not in _READS:
@@ -56,6 +61,8 @@ class Executioner:
         if frame.f_code is _ARRIVAL:
             environment = frame.f_locals["request"].env
             self._armed |= self._victim == (environment.get("CNI_COMMAND"), environment.get("CNI_CONTAINERID"))
+        elif frame.f_code is _SETTLE:
+            self._armed |= self._victim[0] == "SETTLE"
         elif self._armed and frame.f_code in _STEPS:
             number = self._step(frame.f_code.co_qualname)
             if frame.f_code is _REPLY:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import struct
 from collections.abc import Iterator
@@ -11,12 +10,11 @@ import pytest
 
 from agent.datapath import libbpf
 from tests.node.machine import ROOT, Machine, TestPod, machine
-from tests.node.test_lifecycle import attached, pinned
+from tests.node.programs import DIRECTIONS, attached, filters, wanted
 from tests.node.traffic import lossless_traffic
 
 V4, V6 = 0, 1
 PASS = struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = TC_ACT_UNSPEC; exit
-DIRECTIONS = {"from_pod": "ingress", "to_pod": "egress"}
 REPLACED = "->packets++"  # in bpf/counters.h; its other wording makes another program of the same effect
 REPLACEMENT = "->packets += skb->len ? 1 : 2"
 
@@ -36,25 +34,10 @@ def pods(node: Machine) -> tuple[TestPod, TestPod]:
     return node.make_pod("a"), node.make_pod("b")
 
 
-def filters(node: Machine, pod: TestPod) -> dict[str, list[int]]:
-    """Return the ids of the programs in all filters at the hooks of a pod, by the name of the one that should be."""
-    found = {}
-    for name, direction in DIRECTIONS.items():
-        shown = json.loads(node.netns.run("tc", "-j", "filter", "show", "dev", pod.device, direction).stdout or "[]")
-        found[name] = [each["options"]["prog"]["id"] for each in shown if "handle" in each.get("options", {})]
-    return found
-
-
-def ids(node: Machine) -> dict[str, list[int]]:
-    """Return the id of the loaded program of each name, as a hook should show it."""
-    loaded = {pin.partition(":")[0]: number for pin, number in pinned(node).items()}
-    return {name: [loaded[name]] for name in DIRECTIONS}
-
-
 def assert_by_clsact(node: Machine, *pods: TestPod) -> None:
     """Assert that each hook runs the one program of its name, in one filter, and that there are no links."""
     for pod in pods:
-        assert filters(node, pod) == ids(node)
+        assert filters(node, pod) == wanted(node)
         assert attached(node, pod) == {name: [] for name in DIRECTIONS}
     assert node.traces()["links"] == []
 
@@ -62,7 +45,7 @@ def assert_by_clsact(node: Machine, *pods: TestPod) -> None:
 def assert_by_tcx(node: Machine, *pods: TestPod) -> None:
     """Assert that each hook runs the one program of its name, by a link, and that there is no clsact."""
     for pod in pods:
-        assert attached(node, pod) == ids(node)
+        assert attached(node, pod) == wanted(node)
         assert not clsact(node, pod)
 
 
@@ -137,7 +120,7 @@ def expect_repair(node: Machine, pods: tuple[TestPod, TestPod], breakage: str, c
     before = node.repairs().get("hooks", 0)
     node.netns.run(*breakage.split())
     node.wait_for(lambda: node.repairs().get("hooks", 0) == before + count, "the repair")
-    node.wait_for(lambda: filters(node, pods[1]) == ids(node), "the filters")
+    node.wait_for(lambda: filters(node, pods[1]) == wanted(node), "the filters")
     assert_by_clsact(node, *pods)
     assert_talk(node, pods)
     assert node.repairs().get("hooks", 0) == before + count
@@ -155,7 +138,7 @@ def test_foreign_filters_stay(node: Machine, pods: tuple[TestPod, TestPod]) -> N
     repairs = node.repairs().get("hooks", 0)
     node.netns.run(*f"tc filter delete dev {b.device} ingress prio 112".split())
     node.wait_for(lambda: node.repairs().get("hooks", 0) == repairs + 1, "the repair")
-    node.wait_for(lambda: filters(node, b)["from_pod"] == [foreign, *ids(node)["from_pod"]], "both filters")
+    node.wait_for(lambda: filters(node, b)["from_pod"] == [foreign, *wanted(node)["from_pod"]], "both filters")
     assert_talk(node, pods)
     node.netns.run(*f"tc filter delete {place}".split())
     pin.unlink()

@@ -19,7 +19,9 @@ from ipaddress import IPv6Address
 import pytest
 
 from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
+from tests.node.programs import wait_settled
 
+DIE_AT = (sys.executable, "-m", "tests.node.die_at")
 SEED = 20
 MOST_POINTS = 60  # of a command; if it has more steps, a random choice of them. PODLANE_CRASH_POINTS=all tries all
 DELETES_AT_ONCE, DELETES_LATER, NEVER_DELETES = RUNTIMES = ("at-once", "later", "never")
@@ -33,11 +35,8 @@ class Crashes:
         self.node = node
         self.scratch = scratch
         self.witnesses = (node.make_pod("a"), node.make_pod("b"))
-        self.baseline = self.traces()
-
-    def traces(self) -> dict[str, list[str]]:
-        """Return all that pods have left, sorted."""
-        return {kind: sorted(found) for kind, found in self.node.traces().items()}
+        wait_settled(node, *self.witnesses)
+        self.baseline = node.traces()
 
     def cni(self, command: str, container: str) -> Outcome:
         """Call the launcher for a container in the scratch namespace."""
@@ -56,7 +55,7 @@ class Crashes:
 
     def start_agent(self, command: str, container: str, step: int) -> None:
         """Start an agent that dies just before a step of the given call; before step 0 nobody dies."""
-        self.node.agent_command = (sys.executable, "-m", "tests.node.die_at", command, container, str(step))
+        self.node.agent_command = (*DIE_AT, command, container, str(step))
         self.node.start_agent()
 
     def count_steps(self, command: str) -> int:
@@ -90,7 +89,7 @@ class Crashes:
 
     def check(self, past: set[str]) -> None:
         """Assert that nothing is left, the witnesses talk, and the next pod works, with addresses not of the `past`."""
-        assert self.traces() == self.baseline
+        assert self.node.traces() == self.baseline
         assert self.witnesses_talk()
         pod = self.add("next")
         taken = past.union(*(each.addresses for each in self.witnesses))
@@ -100,9 +99,9 @@ class Crashes:
 
 
 @pytest.fixture(scope="module")
-def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashes]:
-    """One node for all crashes: what one of them leaves behind, the next one meets."""
-    with machine(tmp_path_factory.mktemp("node")) as node:
+def crashes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Crashes]:
+    """Make a node for all crashes: what one of them leaves behind, the next one meets. The parameter is for `hooks`."""
+    with machine(tmp_path_factory.mktemp("node"), hooks=request.param) as node:
         node.add_uplink()
         node.start_agent()
         scratch = Netns("scratch")
@@ -123,6 +122,7 @@ def plans(steps: int) -> list[tuple[int, str]]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("crashes", ["auto"], indirect=True)
 def test_killed_during_add(crashes: Crashes) -> None:
     """An agent killed before any step of ADD leaves nothing once it is back, whether or not the runtime calls DEL."""
     doomed = [(f"add-{step}-{runtime}", step, runtime) for step, runtime in plans(crashes.count_steps("ADD"))]
@@ -147,6 +147,7 @@ def test_killed_during_add(crashes: Crashes) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("crashes", ["auto", "tcx"], indirect=True)  # a pod's first hooks, and what they settle to
 def test_killed_during_del(crashes: Crashes) -> None:
     """A DEL succeeds whenever the agent dies of it, and once the agent is back, it is done."""
     steps = list(range(1, crashes.count_steps("DEL") + 1))
@@ -158,6 +159,26 @@ def test_killed_during_del(crashes: Crashes) -> None:
         assert crashes.witnesses_talk()
         crashes.start_agent("DEL", f"del-{following}", following)
         crashes.check(set(pod.addresses))
+
+
+def test_killed_while_settling(node: Machine) -> None:
+    """An agent killed at any step of moving programs to their links leaves the pods talking, and its heir finishes."""
+    pods = [node.make_pod("settling") for _ in range(6)]
+    plain = node.agent_command
+    node.kill_agent()
+    for step in range(1, 11):  # a hook takes five
+        node.agent_command = (*DIE_AT, "SETTLE", "any", str(step))
+        node.start_agent(wait=False)
+        assert node.agent is not None
+        assert node.agent.wait(timeout=30) == -signal.SIGKILL, node.log_tail()
+        assert all(node.pings(pods[0], address, count=1) for pod in pods[1:] for address in pod.addresses)
+    node.agent_command = plain
+    node.start_agent()
+    wait_settled(node, *pods)
+    assert node.repairs() == {}
+    for pod in pods:
+        node.delete_pod(pod)
+    assert not any(node.traces().values())
 
 
 class Runtime:
@@ -195,6 +216,7 @@ def work_until(stop: threading.Event, runtime: Runtime) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("crashes", ["auto"], indirect=True)
 def test_killed_under_load(crashes: Crashes) -> None:
     """An agent killed at any moment of eight runtimes' work forgets no pod that ADD promised, and keeps no other."""
     node, clock = crashes.node, random.Random(SEED)

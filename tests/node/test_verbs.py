@@ -296,13 +296,13 @@ def ask(directory: Path, request: bytes, user: int) -> bytes:
         import socket, sys
         with socket.socket(socket.AF_UNIX) as agent:
             agent.connect("cni.sock")
-            agent.sendall(sys.stdin.buffer.read())
-            agent.shutdown(socket.SHUT_WR)
             try:
+                agent.sendall(sys.stdin.buffer.read())
+                agent.shutdown(socket.SHUT_WR)
                 while answer := agent.recv(4096):
                     sys.stdout.buffer.write(answer)
-            except ConnectionResetError:
-                pass
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # hung up on, before or after it had sent all
     """
     command = ["/usr/bin/python3", "-I", "-S", "-c", program]
     done = subprocess.run(

@@ -76,15 +76,15 @@ def test_spool_file_is_durable_before_it_has_its_name(host: Host) -> None:
     result, trace = host.trace(["-y", "-e", calls], "DEL")
     assert_spooled(host, result)
     steps = [
-        rf'mkdirat\(\d+<{host.directory}>, "state", 0700\) = 0',
-        rf"fsync\(\d+<{host.directory}>\) = 0",
-        rf'mkdirat\(\d+<{host.spool.parent}>, "spool", 0700\) = 0',
-        rf"fsync\(\d+<{host.spool.parent}>\) = 0",
+        rf'mkdirat\(\d+<{host.directory}>, "state", 0700\)\s+= 0',
+        rf"fsync\(\d+<{host.directory}>\)\s+= 0",
+        rf'mkdirat\(\d+<{host.spool.parent}>, "spool", 0700\)\s+= 0',
+        rf"fsync\(\d+<{host.spool.parent}>\)\s+= 0",
         rf'openat\(\d+<{host.spool}>, "\.[^"]+\.tmp", .*O_EXCL.*O_CLOEXEC',
         rf"write\(\d+<{host.spool}/\.[^>]+\.tmp>, .*PLN1",
-        rf"fsync\(\d+<{host.spool}/\.[^>]+\.tmp>\) = 0",
+        rf"fsync\(\d+<{host.spool}/\.[^>]+\.tmp>\)\s+= 0",
         r'rename.*\.tmp".*\.del".* = 0',
-        rf"fsync\(\d+<{host.spool}>\) = 0",
+        rf"fsync\(\d+<{host.spool}>\)\s+= 0",
     ]
     assert first_matches(trace, steps) == steps
 
