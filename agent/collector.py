@@ -25,7 +25,7 @@ from agent.state import Address, KernelError, Settings
 
 log = logging.getLogger(__name__)
 
-_REST = 0.001  # seconds between batches, in which others get the interpreter
+_REST = 0.004  # seconds between batches, in which others get the interpreter: a pod that waits for its ADD
 _RETRY = 5.0  # seconds after a scan that failed
 _ORPHANS_EVERY = 4  # scans: looking for what must not exist costs more than all the rest
 _NOEXIST = 1  # BPF_NOEXIST

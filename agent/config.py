@@ -233,6 +233,11 @@ def _allowed_keys(error: ValidationError) -> str:
     """Say which keys there are, if one that there is not was given."""
     if all(fault["type"] != "extra_forbidden" for fault in error.errors()):
         return ""
-    models: dict[str, type[BaseModel]] = {"": Config, "masquerade.": Masquerade, "paths.": Paths, "ranges.*.": Subnet}
+    models: dict[str, type[BaseModel]] = {
+        "": Config,
+        "masquerade.": Masquerade,
+        "paths.": Paths,
+        "ranges.*.": Subnet,
+    }
     keys = (f"{prefix}{name}" for prefix, model in models.items() for name in model.model_fields)
     return f"; the keys are {', '.join(keys)}"

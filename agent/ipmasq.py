@@ -62,7 +62,8 @@ def parse(text: str) -> Rules:
     try:
         return Rules.model_validate(given)
     except ValidationError as error:
-        raise ConfigError(explain(error)) from error
+        keys = ", ".join(str(field.alias) for field in Rules.model_fields.values())
+        raise ConfigError(f"{explain(error)}; the keys are {keys}") from error
 
 
 class RulesFile:

@@ -55,7 +55,7 @@ def test_empty_is_empty(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonMasqueradeCIDR: []", "^nonMasqueradeCIDR: "),
+        ("nonMasqueradeCIDR: []", "^nonMasqueradeCIDR: .* the keys are nonMasqueradeCIDRs, masqLinkLocal, "),
         ("non_masquerade: []", "^non_masquerade: "),
         ("nonMasqueradeCIDRs: 10.0.0.0/8", "^nonMasqueradeCIDRs: "),
         ("nonMasqueradeCIDRs: [10.0.0.1/8]", "10.0.0.1/8 has host bits set"),
