@@ -7,6 +7,7 @@ within (addresses, routes, up or down) is its own business: see `test_inside_is_
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -306,11 +307,15 @@ def refusals(node: Machine, what: str) -> int:
 def test_pod_in_the_way(node: Machine, a: TestPod, b: TestPod) -> None:
     """A pod that puts an interface of its own in the place of eth0 keeps it; it is reported once, and hurts nobody."""
     pod = node.make_pod("stubborn")
-    # Ready beforehand: between deleting and naming there is no time for a repair.
+    assert node.agent is not None
     pod.netns.run("ip", "link", "add", "impostor", "type", "veth", "peer", "name", "other")
     batch = node.directory / "impostor.batch"
     batch.write_text("link delete eth0\nlink set impostor name eth0\n")
-    pod.netns.run("ip", "-batch", str(batch))
+    node.agent.send_signal(signal.SIGSTOP)  # or its repair might come between deleting and naming
+    try:
+        pod.netns.run("ip", "-batch", str(batch))
+    finally:
+        node.agent.send_signal(signal.SIGCONT)
     node.wait_for(lambda: refusals(node, pod.device) == 1, "the report")
     for _ in range(3):
         full_pass(node, a)
