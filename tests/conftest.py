@@ -12,6 +12,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT_LAYERS = {"packet", "node", "e2e"}
+REAL_DEVICES = {"node", "e2e"}
 
 
 class LayerCounter:
@@ -51,7 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs root for anybody else."""
+    """Give tests on real devices a second try, and skip what needs root for anybody else.
+
+    On a machine with few and busy processors the kernel's own queues overflow now and then, and a packet is lost that
+    podlane never saw. What fails twice in a row is no accident; what passed at the second try shows as "rerun".
+    """
+    for item in items:
+        if _layer(item.path) in REAL_DEVICES:
+            item.add_marker(pytest.mark.flaky(reruns=1))
     if os.geteuid() == 0:
         return
     for item in items:
