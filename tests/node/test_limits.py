@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.crowd import Datagrams, connected, connecting, syn_flood, tcp_server
-from tests.node.echo import TCP, UDP, Client, Server, client, server, who
+from tests.node.echo import TCP, UDP, Client, Server, bound, client, server, who
 from tests.node.machine import Machine, TestPod, machine
 
 V4, V6 = 0, 1
@@ -285,3 +285,19 @@ def test_flood(node: Machine, pod: TestPod) -> None:
         after = node.packets()
     assert after["fwd_inbound"] >= before["fwd_inbound"] + 90_000
     assert [name for name in after if name.startswith("drop_") and after[name] != before[name]] == []
+
+
+def test_flood_spares_a_quiet_connection(node: Machine, pod: TestPod) -> None:
+    """A connection that the world opened to a pod, and that was quiet during a flood, is there when the pod speaks."""
+    with (
+        bound(pod.netns, TCP, pod.addresses[V4], 19) as listener,
+        bound(node.world, TCP, FAR[V4]) as theirs,
+    ):
+        listener.listen()
+        theirs.connect((pod.addresses[V4], 19))
+        ours, _ = listener.accept()
+        with ours:
+            with flooded(node, [(pod.addresses[V4], 9)], 50_000):
+                pass
+            ours.sendall(b"news")
+            assert theirs.recv(100) == b"news"
