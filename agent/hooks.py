@@ -4,11 +4,14 @@ A tcx link is the better home for a program: its pin makes it podlane's own, it 
 packet some 0.4 µs less than a clsact filter. But to make one the kernel waits for an RCU grace period (Linux 6.18,
 include/net/tcx.h, tcx_entry_sync), 10 ms and more with the rtnl lock held, which would be most of an ADD. A clsact
 filter is in force within a millisecond. So ADD uses the filter, and the loop moves it when nobody waits.
+
+No ADD waits for uplinks, and they carry traffic: there the first filter would cost packets, since to make or remove a
+clsact qdisc the kernel stops the device for up to 10 ms (net/sched/sch_api.c: qdisc_graft calls dev_deactivate).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from agent.state import Attached, Hook, KernelError, Table
 
@@ -22,8 +25,10 @@ class StagedHooks:
     an earlier agent attached the other way moves as well, and at no time does a hook run without a program.
     """
 
-    def __init__(self, *, first: HookTable, final: HookTable, other: HookTable) -> None:
+    def __init__(self, *, first: HookTable, final: HookTable, other: HookTable, patient: Collection[str] = ()) -> None:
+        """`patient` are the programs that go to `final` at once."""
         self._first = first
+        self._patient = patient
         self._final = final
         self._other = other
         self._in_final: dict[Hook, Attached] = {}
@@ -42,7 +47,7 @@ class StagedHooks:
             mine = {
                 hook: attached
                 for hook, attached in items.items()
-                if hook in known or (table is self._first and not self._is_known(hook))
+                if hook in known or (table is self._home(attached) and not self._is_known(hook))
             }
             failed = table.upsert(mine) if mine else {}
             known.update({hook: attached for hook, attached in mine.items() if hook not in failed})
@@ -75,6 +80,9 @@ class StagedHooks:
         self._in_final[hook] = attached
         del self._in_other[hook]
         return bool(self._in_other)
+
+    def _home(self, attached: Attached) -> HookTable:
+        return self._final if attached.program in self._patient else self._first
 
     def _is_known(self, hook: Hook) -> bool:
         return hook in self._in_final or hook in self._in_other

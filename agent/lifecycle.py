@@ -165,7 +165,8 @@ def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
     clsact = netlink.ClsactHooks(datapath.programs, datapath.program_ids)
     if not has_tcx:
         return StagedHooks(first=clsact, final=clsact, other=tcx)
-    return StagedHooks(first=tcx if config.hooks == "tcx" else clsact, final=tcx, other=clsact)
+    first = tcx if config.hooks == "tcx" else clsact
+    return StagedHooks(first=first, final=tcx, other=clsact, patient=("from_uplink", "to_uplink"))
 
 
 def _release_leftovers(store: Store, node: Node, boot_id: str) -> None:

@@ -103,6 +103,19 @@ static void release_port(const struct tuple *tuple, const struct flow *flow)
         owners.delete(&answer);
 }
 
+/* Ends the flow that has the port from which the node sends; else it would go on until it is checked again. */
+static void end_flow(const struct tuple *sent, const struct owner *owner)
+{
+    struct tuple key = *sent;
+    struct flow *flow;
+
+    key.source = owner->address;
+    key.source_port = owner->port;
+    flow = flows.lookup(&key);
+    if (flow && flow->port == sent->source_port && same_address(&flow->address, &sent->source))
+        flows.delete(&key);
+}
+
 /*
  * What the node itself sends is the node's: a pod that has the port for that destination loses it, and takes another.
  * Sockets are seen when a port is taken (is_host_port); this is for those that come later, for what the kernel's own
@@ -121,6 +134,10 @@ static void reclaim_port(const struct transport *transport)
     struct tuple answer = reversed(tuple);
     struct owner node = {.address = tuple->source, .port = tuple->source_port};
     struct owner *owner = owners.lookup(&answer);
-    if (owner ? !same_owner(owner, &node) : asks)
+    if (owner && !same_owner(owner, &node)) {
+        end_flow(tuple, owner);
+        asks = true;
+    }
+    if (asks)
         owners.update(&answer, &node);
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from tests.node.machine import Netns
+from tests.node.traffic import BUFFER, SO_RCVBUFFORCE
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 SECONDS = 5.0
@@ -28,6 +29,8 @@ def bound(netns: Netns, kind: socket.SocketKind, address: str, port: int = 0) ->
         made = socket.socket(family(address), kind)
         if kind == TCP:  # two UDP sockets would share the port
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        else:
+            made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
         made.settimeout(SECONDS)
         made.bind((address, port))
         return made

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 from scapy.layers.dns import DNS, DNSQR
@@ -32,6 +33,7 @@ from tests.node.internet import (
     web_server,
 )
 from tests.node.machine import Machine, Netns, TestPod, machine, run
+from tests.node.traffic import Datagrams
 
 V4, V6 = 0, 1
 ANYWHERE = ("0.0.0.0", "::")  # noqa: S104
@@ -396,6 +398,32 @@ def second_copy(node: Machine) -> Iterator[None]:
     finally:
         node.netns.run("tc", "filter", "del", *filters)
         copy.unlink()
+
+
+def test_start_disturbs_nobody(tmp_path: Path) -> None:
+    """The node's own packets go on, all of them, while an agent takes hold of its uplink for the first time."""
+    with machine(tmp_path) as node:
+        world = node.add_world()
+        with bound(world, UDP, WORLD[V4], 9) as theirs, bound(node.netns, UDP, ANYWHERE[V4]) as ours:
+            ours.connect((WORLD[V4], 9))
+            flow, stop = Datagrams(ours, theirs), threading.Event()
+            thread = threading.Thread(target=send_until, args=(flow, stop))
+            thread.start()
+            try:
+                node.start_agent()
+                node.make_pod("a")
+                links = node.bpffs / "links"
+                node.wait_for(lambda: len(list(links.glob("*"))) == 4, "all programs to be in their final places")
+            finally:
+                stop.set()
+                thread.join()
+            assert flow.lost() == set()
+
+
+def send_until(flow: Datagrams, stop: threading.Event) -> None:
+    """Send datagrams, some thousands a second."""
+    while not stop.wait(0.0002):
+        flow.send()
 
 
 def test_many_uplinks(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -185,6 +185,10 @@ class Nat:
         node = End(flow.source, flow.source_port)
         if message.about or flow.source_port not in self.ports:
             return
+        owner = self.owners.get(flow.reverse)
+        question = _question(flow.reverse, owner) if owner else flow
+        if question in self.flows and self.flows[question].end == node:
+            del self.flows[question]
         if flow.reverse in self.owners or (asks and len(self.owners) < self.capacity):
             self.owners[flow.reverse] = node
 

@@ -23,7 +23,7 @@ class Kernel:
         self.lasting = MemoryTable[Hook, Attached]("lasting", self.journal)
         tables = {"quick": self.quick, "lasting": self.lasting}
         other = next(name for name in tables if name != final)
-        self.hooks = StagedHooks(first=tables[first], final=tables[final], other=tables[other])
+        self.hooks = StagedHooks(first=tables[first], final=tables[final], other=tables[other], patient=["patient"])
 
 
 def test_new_hook_is_quick_then_lasting() -> None:
@@ -36,6 +36,15 @@ def test_new_hook_is_quick_then_lasting() -> None:
     assert kernel.hooks.settle() is False
     assert (kernel.quick.objects, kernel.lasting.objects) == ({}, {A: ON_A})
     assert kernel.journal == [("upsert", "lasting"), ("delete", "quick")]
+    assert kernel.hooks.settle() is False
+
+
+def test_patient_program_is_lasting_at_once() -> None:
+    """A program that nobody waits for goes straight to the lasting table, and there is nothing to settle."""
+    kernel = Kernel()
+    patient = Attached(1, "patient")
+    assert kernel.hooks.upsert({A: patient}) == {}
+    assert (kernel.quick.objects, kernel.lasting.objects) == ({}, {A: patient})
     assert kernel.hooks.settle() is False
 
 
