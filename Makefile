@@ -43,8 +43,10 @@ test-packet: setup build ## Run the BPF programs on single packets (BPF_PROG_TES
 .PHONY: soak
 soak: export PODLANE_SOAK_STEPS ?= 3000000
 soak: export PODLANE_FUZZ_PACKETS ?= 20000000
-soak: setup build ## Run the random packet tests for about an hour (PODLANE_SOAK_STEPS, PODLANE_FUZZ_PACKETS)
-	$(PYTEST) tests/packet/test_nat_model.py tests/packet/test_fuzz.py tests/packet/test_fuzz_uplink.py
+soak: export PODLANE_MUTATIONS ?= 1000000
+soak: setup build ## Run the random tests for an hour (PODLANE_SOAK_STEPS, PODLANE_FUZZ_PACKETS, PODLANE_MUTATIONS)
+	$(PYTEST) tests/packet/test_nat_model.py tests/packet/test_fuzz.py tests/packet/test_fuzz_uplink.py \
+		tests/unit/test_mutations.py tests/node/test_mutations.py
 
 .PHONY: test-node
 test-node: setup build ## Run agent and launcher in network namespaces

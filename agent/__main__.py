@@ -8,25 +8,35 @@ import os
 import signal
 import sys
 import threading
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
 from agent.config import Config, ConfigError, load
-from agent.lifecycle import StartError, run
+from agent.import_host_local import ImportRefused, import_directory
+from agent.lifecycle import StartError, open_store, run
 from agent.logs import set_up
+from agent.store import StoreError
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Run the agent; exits with 2 for a bad configuration, 1 if it cannot start."""
+    """Run the agent, or a sub-command; exits with 2 for a bad configuration, 1 if it cannot do what it shall."""
     arguments = _parse_arguments()
     try:
         config = load(arguments.config) if arguments.config else Config()
     except ConfigError as error:
         print(f"podlane-agent: {error}", file=sys.stderr)
         sys.exit(2)
+    if arguments.command == "import":
+        _import(config, arguments)
+    else:
+        _run(config)
+
+
+def _run(config: Config) -> None:
     set_up(config.log_level)
     stop = threading.Event()
 
@@ -45,10 +55,32 @@ def main() -> None:
     os._exit(0)
 
 
+def _import(config: Config, arguments: argparse.Namespace) -> None:
+    network = arguments.network or arguments.directory.resolve().name
+    try:
+        with closing(open_store(config)) as store:
+            for line in import_directory(arguments.directory, network, arguments.ifname, store):
+                print(line)
+    except (ImportRefused, StoreError, OSError) as error:
+        print(f"podlane-agent: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="podlane-agent", description="The podlane node agent.")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; without it every default applies")
     parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help="without one, the agent runs")
+    take_over = commands.add_parser(
+        "import",
+        help="take over the addresses of a host-local directory",
+        description="Take over the addresses that host-local gave, before and once more after the change of plugin.",
+    )
+    take_over.add_argument("directory", type=Path, metavar="DIR", help="such as /var/lib/cni/networks/NAME")
+    take_over.add_argument("--network", metavar="NAME", help="the network's name; default: that of the directory")
+    take_over.add_argument(
+        "--ifname", metavar="NAME", default="eth0", help="the interface where old entries do not say it; default: eth0"
+    )
     return parser.parse_args()
 
 

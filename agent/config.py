@@ -20,7 +20,7 @@ from pydantic import (
 
 from agent.ranges import Range
 from agent.state import Network
-from cni.call import explain
+from cni.document import explain
 
 IPV6_MIN_MTU = 1280  # bytes
 _V4_MAPPED = IPv6Network("::ffff:0:0/96")
@@ -183,6 +183,13 @@ class Config(_Model):
     )
     """Each pod gets one address of every family that has a range; ranges of one family follow one another. Default:
     one node's share of what most clusters use."""
+    exclude: tuple[Prefix, ...] = ()
+    """Addresses and prefixes within the ranges that no pod gets, because something else has them. Default: none."""
+    reserved: tuple[Prefix, ...] = ()
+    """Addresses and prefixes within the ranges for pods that ask for them by name. Default: none."""
+    sticky: bool = False
+    """Give a pod the addresses again that the last one of its namespace and name had, where they are free. Default: an
+    address rests as long as possible, since others may still remember whose it was."""
     mtu: Annotated[int, Field(strict=True, ge=0, le=65535), AfterValidator(_check_mtu)] = 0
     """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting."""
     hooks: Literal["auto", "tcx", "clsact"] = "auto"
@@ -194,6 +201,9 @@ class Config(_Model):
     """How pods reach the world. Default: under their node's address."""
     resync_seconds: Annotated[float, Field(strict=True, gt=0, le=3600)] = 5.0
     """How often the kernel is compared with what it should be, beside at every change that the kernel announces."""
+    gc_grace_seconds: Annotated[float, Field(strict=True, ge=0, le=86400)] = 60.0
+    """How long a pod's device and network namespace must be gone before its addresses are released without a DEL.
+    Default: longer than runtimes take from the end of a namespace to their DEL."""
     metrics: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$"), AfterValidator(_check_port)] = "127.0.0.1:9815"
     """Address and port of /metrics, /healthz and /readyz. Default: this machine only."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

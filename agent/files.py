@@ -1,8 +1,9 @@
-"""Files that nobody ever sees half of."""
+"""Files: written so that nobody sees half of one, read so that nobody can make the reader wait."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -26,3 +27,14 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return a regular file's first `limit` bytes, and of no other kind anything. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO may never have a writer
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is not a regular file")
+        return os.read(descriptor, limit)
+    finally:
+        os.close(descriptor)

@@ -26,14 +26,14 @@ def install_launcher(source: Path, directory: Path) -> None:
 def install_conflist(directory: Path, network: str) -> None:
     """Tell the runtime to use podlane. Raises InstallError.
 
-    The version is one that every runtime can parse; those that know `cniVersions` choose the newest (CNI 1.1.0).
+    The version is one that every runtime can parse; those that know `cniVersions` choose the newest (CNI 1.1.0). The
+    capabilities are those that runtimes may use: what they do not name, no runtime asks for.
     """
     conflist = {
         "cniVersion": "1.0.0",
         "cniVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"],
         "name": network,
-        "disableCheck": True,
-        "plugins": [{"type": "podlane"}],
+        "plugins": [{"type": "podlane", "capabilities": {"ips": True, "mac": True, "ipRanges": True}}],
     }
     _put(directory / _CONFLIST, json.dumps(conflist, indent=2).encode() + b"\n", 0o644)
 

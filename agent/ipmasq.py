@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agent.config import ConfigError, Prefix
-from cni.call import explain
+from cni.document import explain
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import threading
@@ -11,11 +12,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from agent import masquerade, netlink
+from agent import masquerade, netlink, supply
 from agent.collector import Collector
 from agent.config import Config, ConfigError, Paths
 from agent.datapath import cache, entries, loader, tables
 from agent.datapath.source import CompileError
+from agent.gc import SelfGc
 from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
 from agent.loop import Loop, Tables
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
+_LOCK = "agent.lock"  # within the state directory
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address; one more is the self-test's
 
 
@@ -49,18 +52,44 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
     metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:
         try:
+            _lock_state(config.paths.state, cleanup)
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
-            spool, scratch = _start(config, metrics, readiness, cleanup)
+            spool, scratch, gc = _start(config, metrics, readiness, cleanup)
         except (ConfigError, KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             raise StartError(str(error)) from error
         while not stop.is_set():
             spool.drain()
+            gc.collect()
             if readiness.unproved:
                 _prove(scratch, metrics, readiness)
             if not readiness.unproved:
                 _install(config, readiness)
             stop.wait(config.resync_seconds)
     log.info("stopped")
+
+
+def open_store(config: Config) -> Store:
+    """Open the IPAM store of a configuration. Raises StoreError and OSError."""
+    return Store(
+        config.paths.state / "ipam.db",
+        [each.range() for each in config.ranges],
+        boot_id=_BOOT_ID.read_text().strip(),
+        exclude=config.exclude,
+        reserved=config.reserved,
+        sticky=config.sticky,
+    )
+
+
+def _lock_state(directory: Path, cleanup: ExitStack) -> None:
+    """Keep a second agent off the state directory; the kernel unlocks it however this one ends. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / _LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    cleanup.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StartError(f"another agent is at work: it holds {path} (fuser says which)") from error
 
 
 def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> None:
@@ -71,18 +100,47 @@ def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup
     cleanup.callback(server.shutdown)
 
 
-def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> tuple[Spool, ScratchPod]:
+def _start(
+    config: Config, metrics: Metrics, readiness: Readiness, cleanup: ExitStack
+) -> tuple[Spool, ScratchPod, SelfGc]:
     """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
     netlink.enable_forwarding()
     datapath = _load_datapath(config, metrics)
     cleanup.callback(datapath.close)
-    boot_id = _BOOT_ID.read_text().strip()
-    store = Store(config.paths.state / "ipam.db", [each.range() for each in config.ranges], boot_id)
+    store = open_store(config)
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
     wiring, surroundings = Wiring(), Surroundings(config)
+    loop = _make_loop(config, datapath, store, wiring, surroundings, metrics)
+    readiness.trouble = loop.trouble
+    node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    _reserve_ports(config)
+    metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
+    _delete_strays(store, metrics)
+    with _timed("attach", metrics):
+        loop.start()
+        cleanup.callback(loop.stop)
+        loop.sync(_FIRST_PASS_SECONDS)
+    datapath.prune()
+    _collect_flows(config, datapath, surroundings, metrics, cleanup)
+    cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
+    _release_leftovers(store, node)
+    scratch = ScratchPod(wiring, loop)
+    _prove(scratch, metrics, readiness)
+    gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
+    return _serve_launchers(config.paths, node, metrics, cleanup), scratch, gc
+
+
+def _make_loop(
+    config: Config,
+    datapath: loader.Datapath,
+    store: Store,
+    wiring: Wiring,
+    surroundings: Surroundings,
+    metrics: Metrics,
+) -> Loop:
     hooks = _hooks(config, datapath)
-    loop = Loop(
+    return Loop(
         store=store,
         tables=_tables(datapath, hooks),
         devices=wiring,
@@ -92,21 +150,6 @@ def _start(config: Config, metrics: Metrics, readiness: Readiness, cleanup: Exit
         resync_seconds=config.resync_seconds,
         outside=surroundings.outside,
     )
-    readiness.trouble = loop.trouble
-    node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
-    _reserve_ports(config)
-    metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
-    with _timed("attach", metrics):
-        loop.start()
-        cleanup.callback(loop.stop)
-        loop.sync(_FIRST_PASS_SECONDS)
-    datapath.prune()
-    _collect_flows(config, datapath, surroundings, metrics, cleanup)
-    cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
-    _release_leftovers(store, node, boot_id)
-    scratch = ScratchPod(wiring, loop)
-    _prove(scratch, metrics, readiness)
-    return _serve_launchers(config.paths, node, metrics, cleanup), scratch
 
 
 def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
@@ -131,6 +174,7 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
         hooks=hooks,
         uplinks=entries.UplinkTable(maps["uplinks"]),
         neighbours=netlink.NeighbourTable(),
+        gateways=netlink.GatewayTable(),
         routes=netlink.RouteTable(),
         subnets=netlink.SubnetTable(),
     )
@@ -169,15 +213,35 @@ def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
     return StagedHooks(first=first, final=tcx, other=clsact, patient=("from_uplink", "to_uplink"))
 
 
-def _release_leftovers(store: Store, node: Node, boot_id: str) -> None:
-    """Undo what a crash cut short, and forget the pods of an earlier boot: their namespaces are gone."""
+def _delete_strays(store: Store, metrics: Metrics) -> None:
+    """Delete host ends that no row names, as when the store was lost: their addresses will be given again.
+
+    Before the loop's first pass, which takes the programs from what it does not know: a pod without them could pass for
+    any other. A crash leaves none, for rows come before devices, but that of the self-test.
+    """
+    strays = sorted(netlink.devices().keys() - {pod.device for pod in store.pods()})
+    for device in strays:
+        log.warning("deleting the device of a pod that the IPAM store does not know device=%s", device)
+        netlink.delete_device(device)
+    if strays:
+        metrics.repaired("devices", len(strays))
+
+
+def _release_leftovers(store: Store, node: Node) -> None:
+    """Undo what a crash cut short, and forget the pods of an earlier boot: their namespaces are gone.
+
+    What a delegate has to take back is left to the self-GC: it may hang, and calls are not to wait for it.
+    """
     for pod in store.pods():
-        if pod.phase is Phase.ACTIVE and pod.boot_id == boot_id:
+        if pod.phase in (Phase.ACTIVE, Phase.IMPORTED) and pod.boot_id == store.boot_id:
             continue
         log.info("releasing leftover pod=%s phase=%s", pod.attachment, pod.phase)
+        if supply.is_delegated(pod.origin):
+            store.begin_release(pod.attachment)
+            continue
         try:
             node.release(pod.attachment)
-        except CniError as error:  # the other pods matter more; the next start, or a DEL, tries again
+        except CniError as error:  # the other pods matter more; the self-GC, or a DEL, tries again
             log.error("cannot release leftover pod=%s error=%r", pod.attachment, str(error))
 
 

@@ -10,18 +10,21 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from agent.diff import diff
-from agent.plan import Outside, plan
+from agent.failures import Failures
+from agent.plan import Inside, Outside, plan, routed_subnets
 from agent.state import (
     Address,
     Attached,
     Endpoint,
+    Gateway,
     Hook,
+    HostRoute,
     KernelError,
     Lanes,
     Neighbour,
@@ -31,7 +34,8 @@ from agent.state import (
     State,
     Table,
 )
-from agent.store import Phase, Pod, Store
+from agent.store import Pod, Store
+from agent.upkeep import Devices, Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class Tables:
     """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
 
     Uplinks come after hooks: `from_pod` sends nothing to an uplink before `to_uplink` runs there, nor after it stops.
+    Gateways come before the routes that name them as a source.
     """
 
     endpoints: Table[Address, Endpoint]
@@ -53,27 +58,9 @@ class Tables:
     hooks: Table[Hook, Attached]
     uplinks: Table[int, Sources]
     neighbours: Table[Neighbour, str]
-    routes: Table[Address, int]
+    gateways: Table[Gateway, int]
+    routes: Table[Address, HostRoute]
     subnets: Table[Network, Literal["unreachable"]]
-
-
-class Devices(Protocol):
-    """The pods' veth pairs, as far as the loop is concerned."""
-
-    def indexes(self, pods: Sequence[Pod]) -> dict[str, int]:
-        """Return the interface index of every given pod's host end that exists, by name."""
-
-    def restore(self, pod: Pod) -> None:
-        """Make a missing pair again, carrying nothing yet. Raises KernelError."""
-
-    def finish_restore(self, pod: Pod) -> None:
-        """Let a restored pair carry packets. Raises KernelError."""
-
-    def fallen(self) -> set[str]:
-        """Return the names of host ends that exist, but are down. Raises KernelError."""
-
-    def lift(self, pod: Pod) -> None:
-        """Set a fallen host end up. Raises KernelError."""
 
 
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
@@ -102,16 +89,17 @@ class Loop:
         self._store = store
         self._tables = tables
         self._devices = devices
+        self._upkeep = Upkeep(devices, repaired)
         self._repaired = repaired
         self._settle = settle
         self._subnets = subnets
         self._interval = resync_seconds
         self._ask_outside = outside
         self._outside = Outside()
+        self._inside = Inside()
         self._known: State | None = None  # what is in the kernel, as far as we know
-        self._failures: dict[str, str] = {}  # of the tables, by object
-        self._device_failures: dict[str, str] = {}
-        self._settle_failures: dict[str, str] = {}
+        self._failures = Failures()  # of the tables, by object
+        self._settle_failures = Failures()
         self._condition = threading.Condition()
         self._requested = 0  # passes asked for
         self._done = 0  # requests that a finished pass has covered
@@ -154,12 +142,14 @@ class Loop:
         finally:
             self._guests = tuple(each for each in self._guests if each is not pod)
 
-    def sync(self, timeout: float) -> None:
-        """Wait until a pass that began after this call has ended.
+    def sync(self, timeout: float, *, full: bool = False) -> None:
+        """Wait until a pass that began after this call has ended; a `full` one if it shall read the kernel first.
 
         Raises TimeoutError after `timeout` seconds, and KernelError if the pass failed as a whole.
         """
         with self._condition:
+            if full:
+                self._full_due = time.monotonic()
             self._requested += 1
             ticket = self._requested
             self._condition.notify_all()
@@ -171,13 +161,13 @@ class Loop:
     def check(self, pod: Pod) -> None:
         """Raise KernelError unless all that the pod needs is in force, as far as the last pass knows."""
         known = self._known or State()
-        desired = plan([pod], self._devices.indexes([pod]))
+        desired = plan([pod], self._devices.indexes([pod]), inside=self._inside)
         if not desired.hooks:
             raise KernelError(f"device {pod.device} is missing")
         for name in _NAMES:
             lacking = diff(getattr(desired, name), getattr(known, name)).upsert
             for key in lacking:
-                raise KernelError(self._failures.get(f"{name} {key}", f"{name} {key} is not in force"))
+                raise KernelError(self._failures.get(f"{name} {key}") or f"{name} {key} is not in force")
 
     def _run(self) -> None:
         while True:
@@ -208,7 +198,7 @@ class Loop:
         try:
             return self._settle()
         except Exception as error:  # as in a pass: the thread must live
-            self._settle_failures = _told(self._settle_failures, {"settling": error})
+            self._settle_failures.update({"settling": error})
             return False
 
     def _try_pass(self, full: bool) -> str:
@@ -229,36 +219,21 @@ class Loop:
 
     def _pass(self, full: bool) -> None:
         pods = [*self._store.pods(), *self._guests]
-        before, restored = self._known, []
-        device_failures: dict[str, KernelError] = {}
-        if full or before is None:
+        before, macs = self._known, self._inside.macs
+        if is_full := full or before is None:
             self._outside = self._ask_outside()
-            restored = self._mend_devices(pods, device_failures)
+            macs = self._upkeep.begin(pods)
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
         known = self._known
         assert known is not None
-        desired = plan(pods, self._devices.indexes(pods), self._subnets, self._outside)
+        self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs)
+        subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
+        desired = plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)
-        _attempt(self._devices.finish_restore, restored, device_failures)
-        if full or before is None:
-            self._device_failures = _told(self._device_failures, device_failures)
-
-    def _mend_devices(self, pods: Sequence[Pod], failures: dict[str, KernelError]) -> list[Pod]:
-        """Make missing pairs and set fallen ones up, of active pods: ADD and DEL see to the others themselves.
-
-        Returns the pods whose pairs were made.
-        """
-        active = [pod for pod in pods if pod.phase is Phase.ACTIVE]
-        existing, fallen = self._devices.indexes(active), self._devices.fallen()
-        missing = [pod for pod in active if pod.device not in existing]
-        restored = _attempt(self._devices.restore, missing, failures)
-        lifted = _attempt(self._devices.lift, [pod for pod in active if pod.device in fallen], failures)
-        if mended := restored + lifted:
-            self._repaired("devices", len(mended))
-            log.warning("repaired kind=devices count=%d first=%s", len(mended), mended[0].attachment)
-        return restored
+        if is_full:
+            self._upkeep.finish()
 
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
         """Count as repairs the changes that are due now and were not before the kernel was read again."""
@@ -284,30 +259,8 @@ class Loop:
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
                 for key in delta.delete - failed.keys():
                     getattr(known, name).pop(key, None)
-        self._failures = _told(self._failures, failures)
+        self._failures.update(failures)
 
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)
         return table
-
-
-def _attempt(action: Callable[[Pod], None], pods: Iterable[Pod], failures: dict[str, KernelError]) -> list[Pod]:
-    """Do it for each pod; return those for which it worked, and add the others to `failures`."""
-    done = []
-    for pod in pods:
-        try:
-            action(pod)
-        except KernelError as error:
-            failures[f"device {pod.device}"] = error
-        else:
-            done.append(pod)
-    return done
-
-
-def _told(before: Mapping[str, str], failures: Mapping[str, Exception]) -> dict[str, str]:
-    """Log what is new among the failures, so that one which lasts is logged once; return all, for the next time."""
-    now = {what: str(error) for what, error in failures.items()}
-    for what, error in now.items():
-        if before.get(what) != error:
-            log.error("kernel refused what=%r error=%r", what, error)
-    return now

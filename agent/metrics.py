@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from agent.collector import Collector as FlowCollector
 from agent.expiry import PROTOCOLS
+from agent.gc import Reason
 from agent.node import Readiness
 from agent.ranges import Range
 from agent.state import KernelError, Uplink
@@ -30,10 +31,11 @@ from agent.store import StoreError
 
 # ADD takes some milliseconds; what matters is when it does not.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_COMMANDS = ("ADD", "DEL", "STATUS")
+_COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS")
 _REPAIR_KINDS = (
     "devices",
     "endpoints",
+    "gateways",
     "hooks",
     "neighbours",
     "node_addresses",
@@ -68,6 +70,10 @@ class Metrics:
             "podlane_repairs", "Kernel objects changed behind podlane's back and put right.", ["kind"],
             registry=self.registry,
         )  # fmt: skip
+        self._gc_released = Counter(
+            "podlane_gc_released", "Attachments released without a DEL, by the agent itself.", ["reason"],
+            registry=self.registry,
+        )  # fmt: skip
         self._phases = Gauge(
             "podlane_start_duration_seconds",
             "Time the phases of the last start took.",
@@ -82,6 +88,8 @@ class Metrics:
         build.labels(version, platform.python_version(), platform.release()).set(1)
         for kind in _REPAIR_KINDS:
             self._repairs.labels(kind)
+        for reason in Reason:
+            self._gc_released.labels(reason)
 
     def observe_call(self, command: str, exit_code: int, seconds: float) -> None:
         """Count a CNI call. Commands that do not exist share one label value, so that nobody can invent labels."""
@@ -92,6 +100,10 @@ class Metrics:
     def repaired(self, kind: str, count: int) -> None:
         """Count objects put right; `kind` is the name of a table."""
         self._repairs.labels(kind).inc(count)
+
+    def gc_released(self, reason: Reason) -> None:
+        """Count an attachment that the self-GC has released."""
+        self._gc_released.labels(reason).inc()
 
     def start_phase(self, phase: str, seconds: float) -> None:
         """Record how long a phase of the start took."""

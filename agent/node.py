@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from ipaddress import ip_interface, ip_network
+from dataclasses import replace
+from ipaddress import ip_interface
 
-from agent import netlink
+from agent import check, netlink, podroutes, supply
 from agent.loop import Loop
+from agent.readiness import Readiness
 from agent.state import KernelError
-from agent.store import AttachmentExists, Netns, Pod, RangeExhausted, Store, StoreError
+from agent.store import (
+    AddressNotInRange,
+    AddressTaken,
+    AttachmentExists,
+    Netns,
+    Origin,
+    Phase,
+    Pod,
+    RangeExhausted,
+    Store,
+    StoreError,
+)
 from agent.wiring import GATEWAYS, HOST_MAC, Wiring, device_name, netns_id, pod_mac
-from cni.call import Attachment
+from cni.call import Attachment, Call
+from cni.delegate import Refusal
 from cni.errors import CniError, Code
-from cni.result import Interface, Result, Route
+from cni.result import Dns, Interface, Ip, Result, Route
+from cni.wire import Request
+
+__all__ = ["Node", "Readiness"]
 
 log = logging.getLogger(__name__)
 
 # Below the launcher's deadlines (60 s for ADD, 10 s for DEL), so that the runtime hears the reason.
 _ADD_SECONDS = 20.0
 _DEL_SECONDS = 8.0
-_DEFAULT_ROUTES = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
-
-
-@dataclass
-class Readiness:
-    """Whether ADD can be served, for STATUS and the readiness probe, which must say the same."""
-
-    unproved: str = "the agent is starting"
-    """What the datapath's proof lacks; empty once it is there."""
-    uninstalled: str = "the CNI configuration is not installed yet"
-    """What could not be put where the runtime looks; empty if nothing."""
-    trouble: Callable[[], str] = lambda: ""
-    """Says what keeps the kernel from being brought up to date; empty if nothing."""
-    exhausted: Callable[[], str] = lambda: ""
-    """Says which addresses have run out; empty while there are some."""
-
-    @property
-    def reason(self) -> str:
-        """Why ADD cannot be served now; empty if it can."""
-        try:
-            return self.unproved or self.uninstalled or self.trouble() or self.exhausted()
-        except StoreError as error:
-            return str(error)
 
 
 class Node:
@@ -74,97 +67,233 @@ class Node:
                 self._at_work.remove(attachment)
                 self._turns.notify_all()
 
-    def reserve(self, attachment: Attachment, netns_path: str, netns: int, mtu: int) -> None:
+    def refuse_own_netns(self, netns: int, path: str) -> None:
+        """See `cni.commands.Node`."""
+        if netlink.same_netns(netns):
+            raise CniError(Code.INVALID_NETNS, "plugin's netns and netns from CNI_NETNS should not be the same", path)
+
+    def reserve(self, call: Call, request: Request, netns: int) -> None:
         """See `cni.commands.Node`.
 
-        Codes: 8 for a bad namespace, 11 before the datapath is proved, 100 for a second ADD, 101 for no free address.
+        Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved, 100 for a
+        second ADD, 101 for no free address, 105 for an address or MAC that another pod has.
         """
         if self._readiness.unproved:
             raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
-        _check_netns(netns, netns_path)
+        source = supply.of(call)
+        if not netlink.is_netns(netns):
+            raise CniError(Code.INVALID_NETNS, "CNI_NETNS is not a network namespace", call.netns_path)
         with _translated():
-            mtu = mtu or self._mtu or netlink.uplink_mtu()
-            identity = Netns(netns_path, netns_id(netns))
-        try:
             pod = self._store.reserve(
-                attachment, device=device_name(attachment), mac=pod_mac(attachment), mtu=mtu, netns=identity
+                call.attachment,
+                device=device_name(call.attachment),
+                mac=call.requested_mac or pod_mac(call.attachment),
+                mtu=call.config.mtu or self._mtu or netlink.uplink_mtu(),
+                netns=Netns(call.netns_path, netns_id(netns)),
+                pools=source.pools,
+                requested=source.requested,
+                sticky=source.sticky,
+                pod_name=_pod_name(call),
+                masquerade=call.config.ip_masq,
+                origin=_origin(request),
             )
-        except AttachmentExists as error:
-            raise CniError(
-                Code.ALREADY_ATTACHED, "the container has this interface already; DEL it first", str(attachment)
-            ) from error
-        except RangeExhausted as error:
-            raise CniError(Code.ADDRESSES_EXHAUSTED, str(error)) from error
-        log.info("reserved pod=%s addresses=%s", attachment, ",".join(map(str, pod.addresses)))
+            if call.requested_mac:
+                self._refuse_shared_mac(pod)  # now that the row is there: two calls at a time cannot miss each other
+        log.info("reserved pod=%s addresses=%s", _label(pod), _addresses(pod))
 
-    def connect(self, attachment: Attachment, netns: int) -> Result:
+    def _refuse_shared_mac(self, pod: Pod) -> None:
+        """Refuse a requested MAC that is another's: by the link-local addresses nobody could tell the two apart."""
+        holders = [
+            str(other.attachment)
+            for other in self._store.pods()
+            if other.mac == pod.mac and other.attachment != pod.attachment and other.phase is not Phase.IMPORTED
+        ]
+        if pod.mac == HOST_MAC:
+            holders = ["the node's own end of every pod's link"]
+        if holders:
+            self._store.remove(pod.attachment)
+            raise CniError(Code.ADDRESS_TAKEN, f"MAC address {pod.mac} is in use by {', '.join(holders)}")
+
+    def connect(self, call: Call, request: Request, netns: int) -> Result:
         """See `cni.commands.Node`. Code 102 when the kernel refuses, 11 when it takes too long."""
-        pod = self._known(attachment)
+        pod, source = self._known(call.attachment), supply.of(call)
+        given = self._leased(pod, source, call, request)
+        pod = self._noted(pod, given, call)
+        routes = None
+        if given is not None:
+            default = call.config.is_default_gateway
+            routes = podroutes.pod_routes(given, GATEWAYS, is_default_gateway=default)
         with _translated():
             self._wiring.create(pod, netns)
             self._loop.sync(_ADD_SECONDS)
             self._loop.check(pod)
-            self._wiring.configure(pod, netns)
-        return _result(pod)
+            routes = self._wiring.configure(pod, netns, routes)
+        return _result(pod, routes, supply.dns(call.config, given))
 
-    def commit(self, attachment: Attachment) -> None:
+    def _leased(self, pod: Pod, source: supply.Supply, call: Call, request: Request) -> Result | None:
+        try:
+            return source.lease(pod, call, request)
+        except Refusal:
+            # Were the row kept, and the delegate's DEL as impossible as its ADD, each retry would leave one more.
+            with _translated():
+                self._store.remove(pod.attachment)
+            raise
+
+    def _noted(self, pod: Pod, given: Result | None, call: Call) -> Pod:
+        """Note the subnets that IPAM names, and the addresses if a delegate gave them."""
+        if given is None:
+            return pod
+        addresses = () if pod.addresses else tuple(ip.address.ip for ip in given.ips)
+        subnets = podroutes.subnets(given, with_gateway=call.config.node_is_gateway)
+        with _translated():
+            if not self._store.assign(pod.attachment, addresses, subnets):
+                raise _deleted(pod.attachment)
+        if addresses:
+            pod = replace(pod, addresses=addresses)
+            log.info("assigned pod=%s addresses=%s", _label(pod), _addresses(pod))
+        return replace(pod, subnets=subnets)
+
+    def commit(self, attachment: Attachment, result: Result) -> None:
         """See `cni.commands.Node`. Code 11 if a DEL came in between."""
-        if not self._store.activate(attachment):
-            raise CniError(Code.TRY_AGAIN_LATER, "the attachment was deleted while it was being made", str(attachment))
+        with _translated():
+            if not self._store.activate(attachment, podroutes.encode(result.routes)):
+                raise _deleted(attachment)
         log.info("attached pod=%s", attachment)
 
-    def release(self, attachment: Attachment) -> None:
+    def release(self, attachment: Attachment, request: Request | None = None) -> None:
         """See `cni.commands.Node`. The addresses are free only when nothing in the kernel knows them any more."""
-        if not self._store.begin_release(attachment):
-            return
-        device = device_name(attachment)
         with _translated():
-            self._wiring.delete(device)
-            self._loop.sync(_DEL_SECONDS)
-            # A repair that was under way may have made it again; the pass that has just ended makes no more.
-            self._wiring.delete(device)
-        self._store.remove(attachment)
-        log.info("released pod=%s", attachment)
+            known = self._store.begin_release(attachment)
+            pod = self._store.get(attachment) if known else None
+            if pod is not None:
+                self._wiring.delete(pod.device)
+                self._loop.sync(_DEL_SECONDS)
+                # A repair that was under way may have made it again; the pass that has just ended makes no more.
+                self._wiring.delete(pod.device)
+                self._wiring.forget(pod)
+        supply.give_back(request, pod.origin if pod else Origin())
+        if pod is not None:
+            with _translated():
+                self._store.remove(attachment)
+            log.info("released pod=%s", _label(pod))
 
-    def status(self) -> None:
-        """See `cni.commands.Node`. Code 50 with the reason."""
-        reason = self._readiness.reason
+    def check(self, call: Call, request: Request, netns: int, prev: Result) -> None:
+        """See `cni.commands.Node`. Codes 102 and 103, and those of a delegate."""
+        if delegate := supply.of(call).delegate:
+            delegate.check(request.env, request.stdin)
+        with _translated():
+            pod = self._store.get(call.attachment)
+            is_active = pod is not None and pod.phase is Phase.ACTIVE
+            if pod is not None and is_active and check.has_new_mac(pod, netns):
+                self._loop.sync(_ADD_SECONDS, full=True)  # a plugin after podlane may have changed it a moment ago
+            check.check(call.attachment, pod, prev, netns)
+            if pod is not None and is_active:
+                self._loop.sync(_ADD_SECONDS, full=True)  # what was changed since the last full pass counts too
+                self._loop.check(pod)
+
+    def gc(self, call: Call, request: Request) -> None:
+        """See `cni.commands.Node`. Attachments that a call is at work on are left alone: the list may be older."""
+        failures: list[CniError] = []
+        for attachment in self._invalid(call):
+            try:
+                with self.turn(attachment):
+                    log.info("GC releases pod=%s", attachment)
+                    self.release(attachment)
+            except CniError as error:
+                failures.append(error)
+        try:
+            if delegate := supply.of(call).delegate:
+                delegate.gc(request.env, request.stdin)
+        except CniError as error:
+            failures.append(error)
+        if failures:
+            message = "; ".join(error.message for error in failures)
+            raise CniError(failures[0].code, message, "; ".join(filter(None, (error.details for error in failures))))
+
+    def _invalid(self, call: Call) -> list[Attachment]:
+        valid = call.config.valid_attachments
+        if valid is None:
+            return []
+        with self._turns:
+            at_work = set(self._at_work)
+        with _translated():
+            settled = [pod.attachment for pod in self._store.pods() if pod.phase is not Phase.RESERVED]
+        of_network = [each for each in settled if each.network == call.config.name and each not in at_work]
+        return [each for each in of_network if (each.container_id, each.ifname) not in valid]
+
+    def status(self, call: Call, request: Request) -> None:
+        """See `cni.commands.Node`. Code 51 if running pods may be cut off too, else 50; and those of a delegate."""
+        if reason := self._readiness.limited:
+            raise CniError(Code.NOT_AVAILABLE_LIMITED, "podlane cannot serve ADD now", reason)
+        source = supply.of(call)
+        try:
+            reason = self._readiness.uninstalled or self._store.exhausted(source.pools)
+        except StoreError as error:
+            reason = str(error)
         if reason:
             raise CniError(Code.NOT_AVAILABLE, "podlane cannot serve ADD now", reason)
+        if source.delegate:
+            source.delegate.status(request.env, request.stdin)
 
     def _known(self, attachment: Attachment) -> Pod:
-        pod = self._store.get(attachment)
+        with _translated():
+            pod = self._store.get(attachment)
         if pod is None:
-            raise CniError(Code.TRY_AGAIN_LATER, "the attachment was deleted while it was being made", str(attachment))
+            raise _deleted(attachment)
         return pod
+
+
+def _deleted(attachment: Attachment) -> CniError:
+    return CniError(Code.TRY_AGAIN_LATER, "the attachment was deleted while it was being made", str(attachment))
 
 
 @contextmanager
 def _translated() -> Iterator[None]:
+    """Make CNI errors of what store and kernel say."""
     try:
         yield
     except TimeoutError as error:
         raise CniError(Code.TRY_AGAIN_LATER, str(error)) from error
     except KernelError as error:
         raise CniError(Code.KERNEL_REFUSED, str(error)) from error
+    except StoreError as error:
+        raise CniError(Code.IO_FAILURE, str(error)) from error
+    except AttachmentExists as error:
+        message = "the container has this interface already; DEL it first"
+        raise CniError(Code.ALREADY_ATTACHED, message, str(error)) from error
+    except RangeExhausted as error:
+        raise CniError(Code.ADDRESSES_EXHAUSTED, str(error)) from error
+    except AddressTaken as error:
+        raise CniError(Code.ADDRESS_TAKEN, str(error)) from error
+    except AddressNotInRange as error:
+        raise CniError(Code.INVALID_NETWORK_CONFIG, str(error)) from error
 
 
-def _check_netns(netns: int, path: str) -> None:
-    if not netlink.is_netns(netns):
-        raise CniError(Code.INVALID_NETNS, "CNI_NETNS is not a network namespace", path)
-    if netlink.same_netns(netns):
-        raise CniError(Code.INVALID_NETNS, "plugin's netns and netns from CNI_NETNS should not be the same", path)
+def _pod_name(call: Call) -> str:
+    return "/".join(part for part in call.pod if part)
 
 
-def _result(pod: Pod) -> Result:
+def _origin(request: Request) -> Origin:
+    variables = {name: value for name, value in request.env.items() if name.startswith("CNI_")}
+    return Origin(variables, request.stdin)
+
+
+def _label(pod: Pod) -> str:
+    """Return the pod's name in a log line, with Kubernetes' name for it if there is one."""
+    return f"{pod.attachment} name={pod.pod_name}" if pod.pod_name else str(pod.attachment)
+
+
+def _addresses(pod: Pod) -> str:
+    return ",".join(map(str, pod.addresses))
+
+
+def _result(pod: Pod, routes: tuple[Route, ...], dns: Dns) -> Result:
     return Result(
         interfaces=(
             Interface(name=pod.device, mac=HOST_MAC, mtu=pod.mtu),
             Interface(name=pod.attachment.ifname, mac=pod.mac, mtu=pod.mtu, sandbox=pod.netns.path),
         ),
-        addresses=tuple(ip_interface(address) for address in pod.addresses),
-        gateways=tuple(str(GATEWAYS[address.version]) for address in pod.addresses),
-        routes=tuple(
-            Route(_DEFAULT_ROUTES[address.version], str(GATEWAYS[address.version])) for address in pod.addresses
-        ),
+        ips=tuple(Ip(ip_interface(address), GATEWAYS[address.version], interface=1) for address in pod.addresses),
+        routes=routes,
+        dns=dns,
     )

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 
-from agent.state import Address, Attached, Endpoint, Hook, Lanes, Neighbour, Network, Settings, State, Uplink
-from agent.store import Phase, Pod
+from agent.state import (
+    Address,
+    Attached,
+    Endpoint,
+    Gateway,
+    Hook,
+    HostRoute,
+    Lanes,
+    Neighbour,
+    Network,
+    Settings,
+    State,
+    Uplink,
+)
+from agent.store import Phase, Pod, Subnet
 
 
 @dataclass(frozen=True)
@@ -20,11 +33,42 @@ class Outside:
     settings: Settings | None = None
 
 
+@dataclass(frozen=True)
+class Inside:
+    """What plans of all pods and plans of some of them must agree on.
+
+    `subnets` are the pods' whose gateway the node is (see `routed_subnets`), `macs` the MAC addresses of the pods' own
+    ends, by index of the host end, where these are known to be others than at ADD.
+    """
+
+    subnets: Collection[Subnet] = ()
+    macs: Mapping[int, str] = field(default_factory=dict)
+
+
+def routed_subnets(pods: Iterable[Pod], node_addresses: Collection[Address]) -> frozenset[Subnet]:
+    """Return the pods' subnets whose gateway the node is. `node_addresses` are those that it has anyway.
+
+    An address that a pod has is no gateway. Where the node lives in a subnet under another address, it is no router of
+    podlane's either: the gateway, then, is some other machine.
+    """
+    pods = [pod for pod in pods if pod.phase is not Phase.RELEASING]
+    asked = {each for pod in pods for each in pod.subnets if each.gateway is not None}
+    taken = {address for pod in pods for address in pod.addresses}
+    homes = set(node_addresses) - {each.gateway for each in asked}
+    return frozenset(
+        each
+        for each in asked
+        if each.gateway not in taken
+        and (each.network.num_addresses == 1 or not any(home in each.network for home in homes))
+    )
+
+
 def plan(
     pods: Iterable[Pod],
     indexes: Mapping[str, int],
     subnets: Iterable[Network] = (),
     outside: Outside | None = None,
+    inside: Inside | None = None,
 ) -> State:
     """Return the desired state.
 
@@ -34,6 +78,7 @@ def plan(
     default route would send it away, and the world's routes send it back. Without `subnets` and `outside`, the state is
     what these pods need, no more.
     """
+    inside = inside or Inside()
     desired = State(subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"))
     if outside is not None:
         _plan_outside(desired, outside)
@@ -44,7 +89,7 @@ def plan(
         desired.hooks[Hook(pod.device, "ingress")] = Attached(ifindex, "from_pod")
         desired.hooks[Hook(pod.device, "egress")] = Attached(ifindex, "to_pod")
         if pod.phase is not Phase.RELEASING:
-            _plan_addresses(desired, pod, ifindex)
+            _plan_addresses(desired, pod, ifindex, inside)
     return desired
 
 
@@ -59,14 +104,21 @@ def _plan_outside(desired: State, outside: Outside) -> None:
         desired.hooks[Hook(device, "egress")] = Attached(uplink.ifindex, "to_uplink")
 
 
-def _plan_addresses(desired: State, pod: Pod, ifindex: int) -> None:
+def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside) -> None:
+    mac = inside.macs.get(ifindex, pod.mac)
+    subnets = [each for each in pod.subnets if each in inside.subnets]
     for address in pod.addresses:
-        desired.endpoints[address] = Endpoint(ifindex, pod.mac)
-        desired.neighbours[Neighbour(address, ifindex)] = pod.mac
-        desired.routes[address] = ifindex
+        gateway = next((each.gateway for each in subnets if address in each.network), None)
+        desired.endpoints[address] = Endpoint(ifindex, mac)
+        desired.neighbours[Neighbour(address, ifindex)] = mac
+        desired.routes[address] = HostRoute(ifindex, gateway)
+        if gateway is not None:
+            desired.gateways[Gateway(gateway, ifindex)] = 1
+            desired.node_addresses[gateway] = 1
     if any(address.version == 6 for address in pod.addresses):
-        # An endpoint, so that anti-spoofing knows it; link-local destinations are never forwarded.
-        desired.endpoints[link_local(pod.mac)] = Endpoint(ifindex, pod.mac)
+        # An endpoint, so that anti-spoofing knows it; link-local destinations are never forwarded. It is made of the
+        # MAC address of ADD, and stays when that changes.
+        desired.endpoints[link_local(pod.mac)] = Endpoint(ifindex, mac)
 
 
 def link_local(mac: str) -> IPv6Address:

@@ -57,6 +57,22 @@ class Neighbour:
 
 
 @dataclass(frozen=True, slots=True)
+class Gateway:
+    """An address of the node's towards one pod, on the host end with that index."""
+
+    address: Address
+    ifindex: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostRoute:
+    """The host's way to a pod: the index of its host end, and the node's address there, if it has one."""
+
+    ifindex: int
+    source: Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """Whom masqueraded packets pass for on one uplink, where the kernel cannot say it for each (before Linux 6.7)."""
 
@@ -108,7 +124,9 @@ class State:
     uplinks: dict[int, Sources] = field(default_factory=dict)
     """By interface index."""
     neighbours: dict[Neighbour, str] = field(default_factory=dict)
-    routes: dict[Address, int] = field(default_factory=dict)
+    gateways: dict[Gateway, int] = field(default_factory=dict)
+    """A set, too."""
+    routes: dict[Address, HostRoute] = field(default_factory=dict)
     subnets: dict[Network, Literal["unreachable"]] = field(default_factory=dict)
 
 

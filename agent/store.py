@@ -1,8 +1,9 @@
 """The IPAM store: the truth about local pods, in SQLite.
 
-One row per attachment, one per address; the address is a primary key, so no bug can give it twice. A row passes through
-three phases. Only an active one outlives the agent: at start, rows that are not active (an ADD or DEL that a crash cut
-short) and rows of an earlier boot (their pods are gone) are for the agent to release.
+One row per attachment, one per address; the address is a primary key, so no bug can give it twice, not even on two
+networks. A row passes through three phases. Only an active one outlives the agent, and an imported one, whose pod
+another plugin has wired: at start, rows that are neither (an ADD or DEL that a crash cut short) and rows of an earlier
+boot (their pods are gone) are for the agent to release.
 
 Commits are WAL with synchronous=NORMAL: they survive the death of the process at any instruction. A power loss may
 take the last ones, and takes their pods as well.
@@ -12,39 +13,35 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import StrEnum
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from dataclasses import replace
 from pathlib import Path
 
-from agent.ranges import Range, next_free
-from agent.state import Address
+from agent import allotment, pods, schema
+from agent.allotment import AddressTaken
+from agent.pods import IS, Netns, Origin, Phase, Pod, Subnet, encode_subnets, key
+from agent.ranges import AddressNotInRange, Pool, Range, RangeExhausted, exhaustion, match_requests, next_free
+from agent.schema import pack, unpack
+from agent.state import Address, Network
 from cni.call import Attachment
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE attachment (
-    network TEXT NOT NULL,
-    container_id TEXT NOT NULL,
-    ifname TEXT NOT NULL,
-    phase TEXT NOT NULL,
-    device TEXT NOT NULL UNIQUE,
-    mac TEXT NOT NULL,
-    mtu INTEGER NOT NULL,
-    netns_path TEXT NOT NULL,
-    netns_id TEXT NOT NULL,
-    boot_id TEXT NOT NULL,
-    PRIMARY KEY (network, container_id, ifname)
-) STRICT;
-CREATE TABLE address (
-    address BLOB PRIMARY KEY CHECK (length(address) = 16),
-    device TEXT NOT NULL REFERENCES attachment (device) ON DELETE CASCADE
-) STRICT, WITHOUT ROWID;
-CREATE INDEX address_device ON address (device);
-CREATE TABLE last_given (family INTEGER PRIMARY KEY, address BLOB NOT NULL) STRICT;
-"""
+__all__ = [
+    "AddressNotInRange",
+    "AddressTaken",
+    "AttachmentExists",
+    "Netns",
+    "Origin",
+    "Phase",
+    "Pod",
+    "Pool",
+    "RangeExhausted",
+    "Store",
+    "StoreError",
+    "Subnet",
+    "pack",
+    "unpack",
+]
 
 
 class StoreError(Exception):
@@ -55,71 +52,37 @@ class AttachmentExists(Exception):
     """The attachment has its addresses already."""
 
 
-class RangeExhausted(Exception):
-    """All addresses of a family are in use; the message names the ranges."""
-
-
-class Phase(StrEnum):
-    """How far an attachment has come."""
-
-    RESERVED = "reserved"  # ADD is at work
-    ACTIVE = "active"  # ADD is done
-    RELEASING = "releasing"  # DEL is at work
-
-
-@dataclass(frozen=True, slots=True)
-class Netns:
-    """A pod's network namespace: the path that the runtime gave, and the identity "inode:cookie" of what was there."""
-
-    path: str
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pod:
-    """One attachment as the store knows it. `device` is the host end of its veth pair, `mac` the pod's own MAC."""
-
-    attachment: Attachment
-    device: str
-    mac: str
-    mtu: int
-    netns: Netns
-    addresses: tuple[Address, ...]
-    phase: Phase
-    boot_id: str
-
-
 class Store:
     """The database, used from many threads; each method is one transaction. All may raise StoreError."""
 
-    def __init__(self, path: Path, ranges: Sequence[Range], boot_id: str) -> None:
-        """Open or create the database. Raises StoreError."""
-        self._ranges = {
-            family: [each for each in ranges if each.first.version == family]
-            for family in sorted({each.first.version for each in ranges})
-        }
-        self._boot_id = boot_id
+    def __init__(
+        self,
+        path: Path,
+        ranges: Sequence[Range],
+        boot_id: str,
+        *,
+        exclude: Sequence[Network] = (),
+        reserved: Sequence[Network] = (),
+        sticky: bool = False,
+    ) -> None:
+        """Open, create or migrate the database. Raises StoreError.
+
+        `ranges` are the agent's own; `exclude`, `reserved` and `sticky` apply to them.
+        """
+        self.default_pools = _default_pools(ranges, exclude, reserved)
+        self._sticky = sticky
+        self.boot_id = boot_id
         self._path = path
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             path.chmod(0o600)
-            self._prepare()
+            schema.prepare(self._db)
+        except schema.UnknownSchema as error:
+            raise StoreError(f"the IPAM store {path} {error}") from error
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot open the IPAM store {path}: {error}") from error
-
-    def _prepare(self) -> None:
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "busy_timeout = 5000"):
-            self._db.execute(f"PRAGMA {pragma}")
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
-        elif version != _SCHEMA_VERSION:
-            raise StoreError(
-                f"the IPAM store {self._path} has schema {version}, this agent knows {_SCHEMA_VERSION}:"
-                " run the agent that made it"
-            )
 
     def close(self) -> None:
         """Close the database; the store cannot be used afterwards."""
@@ -140,129 +103,185 @@ class Store:
                 if self._db.in_transaction:  # SQLite itself rolls back when the disk fails
                     self._db.execute("ROLLBACK")
 
-    def reserve(self, attachment: Attachment, *, device: str, mac: str, mtu: int, netns: Netns) -> Pod:
-        """Give the attachment one address of each family, in phase RESERVED.
+    def reserve(
+        self,
+        attachment: Attachment,
+        *,
+        device: str,
+        mac: str,
+        mtu: int,
+        netns: Netns,
+        pools: Sequence[Pool] | None = None,
+        requested: Sequence[Address] = (),
+        pod_name: str = "",
+        masquerade: bool | None = None,
+        origin: Origin | None = None,
+        sticky: bool = False,
+    ) -> Pod:
+        """Give the attachment one address of each pool, in phase RESERVED.
 
-        Raises AttachmentExists or RangeExhausted; then nothing has changed.
+        `pools` default to the agent's own ranges, one for each family, with their own setting of `sticky`. Each of the
+        `requested` addresses is for the first pool that has it. With `sticky`, the pod of this name gets the addresses
+        that it had last on this network and interface, where they are free. Raises AttachmentExists, RangeExhausted,
+        AddressTaken or AddressNotInRange; then nothing has changed.
+        """
+        if pools is None:
+            pools, sticky = self.default_pools, self._sticky
+        requests = match_requests(pools, requested)
+        pod = Pod(
+            attachment=attachment,
+            device=device,
+            mac=mac,
+            mtu=mtu,
+            netns=netns,
+            addresses=(),
+            phase=Phase.RESERVED,
+            boot_id=self.boot_id,
+            pod_name=pod_name,
+            masquerade=masquerade,
+            origin=origin or Origin(),
+        )
+        with self._transaction() as db:
+            _insert(db, pod)
+            addresses = [
+                _take(db, pod, position, pool, request, sticky=sticky)
+                for position, (pool, request) in enumerate(zip(pools, requests, strict=True))
+            ]
+        return replace(pod, addresses=tuple(addresses))
+
+    def assign(self, attachment: Attachment, addresses: Sequence[Address], subnets: Sequence[Subnet] = ()) -> bool:
+        """Note addresses that somebody else has chosen for a reserved attachment, after those that it has.
+
+        `subnets` are those of all its addresses. Returns False if it is not reserved (any more). Raises AddressTaken;
+        then nothing has changed.
         """
         with self._transaction() as db:
-            try:
-                db.execute(
-                    "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (*_key(attachment), Phase.RESERVED, device, mac, mtu, netns.path, netns.id, self._boot_id),
-                )
-            except sqlite3.IntegrityError as error:
-                raise AttachmentExists(str(attachment)) from error
-            addresses = tuple(_take_next(db, family, ranges, device) for family, ranges in self._ranges.items())
-        return Pod(attachment, device, mac, mtu, netns, addresses, Phase.RESERVED, self._boot_id)
+            row = db.execute(
+                f"UPDATE attachment SET subnets = ? WHERE {IS} AND phase = ? RETURNING device",  # noqa: S608
+                (encode_subnets(subnets), *key(attachment), Phase.RESERVED),
+            ).fetchone()
+            if row is None:
+                return False
+            (count,) = db.execute("SELECT count(*) FROM address WHERE device = ?", row).fetchone()
+            for position, address in enumerate(addresses, start=count):
+                allotment.hold(db, row[0], position, address)
+        return True
 
-    def activate(self, attachment: Attachment) -> bool:
-        """Make a reserved attachment active. Returns False if it is not reserved (any more)."""
-        return self._move(attachment, Phase.ACTIVE, (Phase.RESERVED,))
+    def adopt(self, strangers: Iterable[Pod], last_given: Mapping[str, Address]) -> list[Pod]:
+        """Take over attachments with their addresses; return those that were not known yet.
+
+        What the store knows already stays as it is, and so do rings that have begun: `last_given` is by pool name. An
+        attachment that is unknown since it was released is not taken again. Raises AddressTaken, and AttachmentExists
+        for one that is podlane's own and has other addresses; then nothing has changed.
+        """
+        with self._transaction() as db:
+            adopted = [pod for pod in strangers if _adopt(db, pod)]
+            for pool, address in last_given.items():
+                db.execute("INSERT OR IGNORE INTO last_given VALUES (?, ?)", (pool, pack(address)))
+        return adopted
+
+    def activate(self, attachment: Attachment, routes: str = "") -> bool:
+        """Make a reserved attachment active, with these `Pod.routes`.
+
+        Returns False if it is not reserved (any more).
+        """
+        with self._transaction() as db:
+            cursor = db.execute(
+                f"UPDATE attachment SET phase = ?, routes = ? WHERE {IS} AND phase = ?",  # noqa: S608
+                (Phase.ACTIVE, routes, *key(attachment), Phase.RESERVED),
+            )
+            return cursor.rowcount == 1
 
     def begin_release(self, attachment: Attachment) -> bool:
         """Note that the attachment is going. Returns False if it is unknown."""
-        return self._move(attachment, Phase.RELEASING, tuple(Phase))
-
-    def _move(self, attachment: Attachment, to: Phase, origins: Sequence[Phase]) -> bool:
-        places = ", ".join("?" * len(origins))
         with self._transaction() as db:
             cursor = db.execute(
-                "UPDATE attachment SET phase = ? WHERE network = ? AND container_id = ? AND ifname = ?"  # noqa: S608
-                f" AND phase IN ({places})",  # question marks only
-                (to, *_key(attachment), *origins),
+                f"UPDATE attachment SET phase = ? WHERE {IS}",  # noqa: S608
+                (Phase.RELEASING, *key(attachment)),
             )
             return cursor.rowcount == 1
 
     def remove(self, attachment: Attachment) -> None:
         """Forget the attachment: its addresses are free from here on."""
         with self._transaction() as db:
-            db.execute("DELETE FROM attachment WHERE network = ? AND container_id = ? AND ifname = ?", _key(attachment))
+            allotment.remember(db, attachment)
+            db.execute(f"DELETE FROM attachment WHERE {IS}", key(attachment))  # noqa: S608
 
     def pods(self) -> list[Pod]:
         """Return all attachments."""
         with self._transaction() as db:
-            rows = db.execute(
-                "SELECT network, container_id, ifname, device, mac, mtu, netns_path, netns_id, phase, boot_id"
-                " FROM attachment"
-            ).fetchall()
-            addresses: dict[str, list[Address]] = {}
-            for device, address in db.execute("SELECT device, address FROM address ORDER BY address"):
-                addresses.setdefault(device, []).append(unpack(address))
-        return [
-            Pod(
-                attachment=Attachment(*row[:3]),
-                device=row[3],
-                mac=row[4],
-                mtu=row[5],
-                netns=Netns(row[6], row[7]),
-                addresses=_by_family(addresses.get(row[3], [])),
-                phase=Phase(row[8]),
-                boot_id=row[9],
-            )
-            for row in rows
-        ]
+            return pods.find_all(db)
 
     def get(self, attachment: Attachment) -> Pod | None:
         """Return one attachment, or None."""
-        return next((pod for pod in self.pods() if pod.attachment == attachment), None)
+        with self._transaction() as db:
+            return pods.find(db, attachment)
 
-    def exhausted(self) -> str:
-        """Say which family has no address left; empty if all have some."""
-        usage = self.usage()
-        for family, ranges in self._ranges.items():
-            if all(used == each.size for each, used in usage if each.first.version == family):
-                return _exhaustion(ranges)
+    def exhausted(self, pools: Sequence[Pool] | None = None) -> str:
+        """Say which pool, of the agent's own or the given ones, has no address left; empty if all have some."""
+        with self._transaction() as db:
+            for pool in self.default_pools if pools is None else pools:
+                if next_free(pool.ranges, None, lambda *span: allotment.used(db, *span), pool.withheld) is None:
+                    return exhaustion(pool)
         return ""
 
     def usage(self) -> list[tuple[Range, int]]:
-        """Return every configured range with the number of its addresses in use."""
+        """Return each of the agent's own ranges with the number of its addresses in use."""
         with self._transaction() as db:
             return [
-                (each, sum(1 for _ in _used(db, each.first, each.last)))
-                for ranges in self._ranges.values()
-                for each in ranges
+                (each, allotment.count_used(db, each.first, each.last))
+                for pool in self.default_pools
+                for each in pool.ranges
             ]
 
 
-def _exhaustion(ranges: Sequence[Range]) -> str:
-    return f"no free address in {', '.join(map(str, ranges))}: all {sum(each.size for each in ranges)} are in use"
-
-
-def _key(attachment: Attachment) -> tuple[str, str, str]:
-    return attachment.network, attachment.container_id, attachment.ifname
-
-
-def _take_next(db: sqlite3.Connection, family: int, ranges: Sequence[Range], device: str) -> Address:
-    row = db.execute("SELECT address FROM last_given WHERE family = ?", (family,)).fetchone()
-    address = next_free(ranges, unpack(row[0]) if row else None, lambda first, last: _used(db, first, last))
-    if address is None:
-        raise RangeExhausted(_exhaustion(ranges))
-    db.execute("INSERT INTO address VALUES (?, ?)", (pack(address), device))
-    db.execute("INSERT OR REPLACE INTO last_given VALUES (?, ?)", (family, pack(address)))
-    return address
-
-
-def _used(db: sqlite3.Connection, first: Address, last: Address) -> Iterator[Address]:
-    rows = db.execute(
-        "SELECT address FROM address WHERE address BETWEEN ? AND ? ORDER BY address", (pack(first), pack(last))
+def _default_pools(
+    ranges: Sequence[Range], exclude: Sequence[Network], reserved: Sequence[Network]
+) -> tuple[Pool, ...]:
+    """One for each family, IPv4 first: Kubernetes shows the first address as the pod's."""
+    families = sorted({each.first.version for each in ranges})
+    return tuple(
+        Pool(
+            name=f"ranges/ipv{family}",  # a network's own pools are numbered, so that none of them is called like this
+            ranges=tuple(each for each in ranges if each.first.version == family),
+            excluded=tuple(exclude),
+            reserved=tuple(reserved),
+        )
+        for family in families
     )
-    return (unpack(address) for (address,) in rows)
 
 
-def _by_family(addresses: list[Address]) -> tuple[Address, ...]:
-    """IPv4 first, as `reserve` returns them: Kubernetes shows the first address as the pod's."""
-    return tuple(sorted(addresses, key=lambda address: address.version))
+def _insert(db: sqlite3.Connection, pod: Pod) -> None:
+    try:
+        pods.insert(db, pod)
+    except sqlite3.IntegrityError as error:
+        raise AttachmentExists(str(pod.attachment)) from error
 
 
-def pack(address: Address) -> bytes:
-    """Return the 16 bytes of an address; IPv4 is v4-mapped (RFC 4291 section 2.5.5.2)."""
-    return address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed
+def _take(
+    db: sqlite3.Connection, pod: Pod, position: int, pool: Pool, requested: Address | None, *, sticky: bool
+) -> Address:
+    try:
+        if requested is not None:
+            return allotment.take_requested(db, pool, requested, pod.device, position)
+        if sticky and pod.pod_name:
+            former = allotment.take_former(db, pool, pod, position)
+            if former is not None:
+                return former
+        return allotment.take_next(db, pool, pod.device, position)
+    except (AddressTaken, RangeExhausted) as error:
+        raise type(error)(f"failed to allocate for range {position}: {error}") from error
 
 
-def unpack(packed: bytes) -> Address:
-    """Return the address of 16 bytes; the inverse of `pack`."""
-    address = ip_address(packed)
-    assert isinstance(address, IPv6Address)
-    mapped: IPv4Address | None = address.ipv4_mapped
-    return mapped or address
+def _adopt(db: sqlite3.Connection, pod: Pod) -> bool:
+    known = pods.find(db, pod.attachment)
+    if known is None:
+        if allotment.was_released(db, pod.attachment):
+            return False
+        pods.insert(db, pod)
+    missing = [each for each in pod.addresses if known is None or each not in known.addresses]
+    if missing and known and known.phase is not Phase.IMPORTED:
+        raise AttachmentExists(f"{pod.attachment} is no imported attachment, and has not {missing[0]}")
+    for position, address in enumerate(missing, start=len(known.addresses) if known else 0):
+        allotment.hold(db, pod.device, position, address)
+    return bool(missing)

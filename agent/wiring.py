@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address
 
-from agent import netlink
+from agent import netlink, podroutes
 from agent.plan import link_local
 from agent.state import Address, KernelError
 from agent.store import Netns, Pod
 from cni.call import Attachment
+from cni.result import Route
+
+log = logging.getLogger(__name__)
 
 GATEWAYS: dict[int, Address] = {4: IPv4Address("169.254.1.1"), 6: IPv6Address("fe80::1")}
 """The pods' gateway of each family: link-local, so that it is of no range, and the same on all nodes."""
@@ -56,9 +60,12 @@ class Wiring:
         )
         self.lift(pod)
 
-    def configure(self, pod: Pod, netns: int) -> None:
-        """Give the pod's end its addresses, neighbours and routes, and set it up."""
-        netlink.configure_pod(
+    def configure(self, pod: Pod, netns: int, routes: Sequence[Route] | None = None) -> tuple[Route, ...]:
+        """Give the pod's end its addresses, neighbours and routes, and set it up; return the routes as they are.
+
+        Without `routes` it gets a default route of each family.
+        """
+        return netlink.configure_pod(
             netns,
             pod.attachment.ifname,
             addresses=pod.addresses,
@@ -66,7 +73,26 @@ class Wiring:
             host_mac=HOST_MAC,
             mtu=pod.mtu,
             gateways=GATEWAYS,
+            routes=routes,
         )
+
+    def introduce(self, pod: Pod) -> None:
+        """Tell the pod's kernel again where the node is: it forgot when the MAC address of the pod's end changed."""
+        with _opened(pod.netns) as netns:
+            hops = [GATEWAYS[version] for version in sorted({each.version for each in pod.addresses})]
+            netlink.introduce_node(netns, pod.attachment.ifname, hops, HOST_MAC)
+
+    def forget(self, pod: Pod) -> None:
+        """Take away what a deleted pair has left in the pod's namespace, if that is still there."""
+        try:
+            with _opened(pod.netns) as netns:
+                netlink.forget_pod(netns, pod.addresses)
+        except KernelError as error:  # as a rule, it is gone; and what is left does no harm but to be there
+            log.debug("nothing to take away in the namespace of pod=%s: %s", pod.attachment, error)
+
+    def macs(self) -> dict[int, str]:
+        """Return the MAC address of each pod's own end as it is now, by the index of its host end."""
+        return netlink.pod_macs()
 
     def delete(self, device: str) -> None:
         """Remove a pair by its host end's name; one that is gone already is fine."""
@@ -86,7 +112,7 @@ class Wiring:
         """Configure a restored pair, once its programs are in force; on failure it goes, to be made again."""
         try:
             with _opened(pod.netns) as netns:
-                self.configure(pod, netns)
+                self.configure(pod, netns, podroutes.decode(pod.routes))
         except KernelError:
             self.delete(pod.device)
             raise

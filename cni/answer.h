@@ -20,7 +20,8 @@ enum error_code { // cni:SPEC.md section 5
 
 enum { TEXT_SIZE = 1024 }; // of an error message; longer ones are cut
 
-static const char *const versions[] = {"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"};
+// Those of cni/versions.py.
+static const char *const versions[] = {"0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"};
 enum { VERSION_COUNT = sizeof(versions) / sizeof(versions[0]) };
 
 static void print_versions(FILE *out, const char *quote, const char *separator)

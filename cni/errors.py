@@ -24,13 +24,17 @@ class Code(IntEnum):
     ALREADY_ATTACHED = 100
     ADDRESSES_EXHAUSTED = 101
     KERNEL_REFUSED = 102
+    NOT_AS_ADDED = 103
+    DELEGATE_FAILED = 104
+    ADDRESS_TAKEN = 105
     INTERNAL = 999
 
 
 class CniError(Exception):
     """A failure as the runtime shall see it: a code, a message for people, and details such as the value at fault."""
 
-    def __init__(self, code: Code, message: str, details: str = "") -> None:
+    def __init__(self, code: int, message: str, details: str = "") -> None:
+        """`code` is one of `Code`, or whatever a delegated plugin answered."""
         super().__init__(message)
         self.code = code
         self.message = message
@@ -45,4 +49,6 @@ class CniError(Exception):
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _TEXT_LIMIT else text[:_TEXT_LIMIT] + "…"
+    """Return what of a text can be printed: not all of a long one, and U+FFFD for half a surrogate pair."""
+    whole = text if len(text) <= _TEXT_LIMIT else text[:_TEXT_LIMIT] + "…"
+    return whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -57,11 +57,25 @@ static const char *variable(const char *name, const char *otherwise)
     return value && *value ? value : otherwise;
 }
 
+// Milliseconds, each less than what runtimes wait: STATUS is asked every few seconds, a DEL that takes longer is
+// spooled, CRI-O gives CHECK what is left of the pod's start, and GC half a minute.
+static int64_t default_timeout_ms(const char *command)
+{
+    static const struct {
+        const char *command;
+        int ms;
+    } timeouts[] = {{"STATUS", 2000}, {"DEL", 10000}, {"CHECK", 20000}, {"GC", 25000}};
+    for (size_t i = 0; i < sizeof(timeouts) / sizeof(timeouts[0]); i++)
+        if (strcmp(command, timeouts[i].command) == 0)
+            return timeouts[i].ms;
+    return 60000;
+}
+
 static int64_t timeout_ms(const char *command)
 {
     const char *text = variable("PODLANE_TIMEOUT_MS", NULL);
     if (!text)
-        return strcmp(command, "DEL") == 0 ? 10000 : strcmp(command, "STATUS") == 0 ? 2000 : 60000;
+        return default_timeout_ms(command);
     char *end;
     errno = 0;
     long value = strtol(text, &end, 10);
@@ -194,13 +208,20 @@ static const char *ask_agent(const char *path, const struct request *request, in
     return why;
 }
 
+// What the agent would refuse when it is back is refused now: nobody would hear of it then.
 static void require_attachment(void)
 {
-    const char *id = variable("CNI_CONTAINERID", NULL), *interface = variable("CNI_IFNAME", NULL);
-    if (!id || !interface)
+    static const char *const names[] = {"CNI_CONTAINERID", "CNI_IFNAME", "CNI_PATH"};
+    char missing[64] = "";
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        if (variable(names[i], NULL))
+            continue;
+        strcat(missing, *missing ? "," : "");
+        strcat(missing, names[i]);
+    }
+    if (*missing)
         fail(INVALID_ENVIRONMENT, "the podlane agent is away, and without them it could not finish this DEL later",
-             "required env variables [%s%s%s] missing", id ? "" : "CNI_CONTAINERID", id || interface ? "" : ",",
-             interface ? "" : "CNI_IFNAME");
+             "required env variables [%s] missing", missing);
 }
 
 static int spool(const struct request *request, const char *why)

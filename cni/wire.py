@@ -31,6 +31,7 @@ STDOUT_LIMIT = 16 << 20
 _REQUEST = struct.Struct("=4sIIi")
 _REPLY = struct.Struct("=II")
 _ERRNO_LIMIT = 4095  # MAX_ERRNO, include/linux/err.h
+_PART = 1 << 16  # bytes to receive at a time: more than most requests have
 _ONE_DESCRIPTOR = socket.CMSG_LEN(array.array("i", [0]).itemsize)
 
 
@@ -125,17 +126,19 @@ def _receive_start(connection: socket.socket) -> tuple[bytes, int | None]:
 
 
 def _receive_exactly(connection: socket.socket, size: int, field: str) -> bytes:
-    """Receive that many bytes; descriptors among them are closed by the kernel."""
-    data = bytearray(size)
-    received = 0
-    while received < size:
+    """Receive that many bytes; descriptors among them are closed by the kernel.
+
+    Memory is taken for what has come, not for what is announced.
+    """
+    data = bytearray()
+    while missing := size - len(data):
         try:
-            count = connection.recv_into(memoryview(data)[received:])
+            part = connection.recv(min(missing, _PART))
         except OSError as error:
-            raise WireError(f"{field}: cannot receive the last {size - received} bytes: {error}") from error
-        if count == 0:
-            raise WireError(f"{field}: the connection ended {size - received} bytes too early")
-        received += count
+            raise WireError(f"{field}: cannot receive the last {missing} bytes: {error}") from error
+        if not part:
+            raise WireError(f"{field}: the connection ended {missing} bytes too early")
+        data += part
     return bytes(data)
 
 

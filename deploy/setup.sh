@@ -16,7 +16,8 @@ demo)
     extras="[demo]"
     ;;
 test)
-    packages="$packages containerd runc containernetworking-plugins busybox-static
+    # podman is another client of CNI, with runc as well.
+    packages="$packages containerd runc containernetworking-plugins busybox-static podman
         iputils-ping iperf3 strace tcpdump prometheus clang-format bpftool iptables procps curl"
     extras="[demo,test,lint]"
     ;;

@@ -5,6 +5,7 @@ opens its own socket (5 µs) and keeps nothing: any number of threads may call. 
 `KernelError`.
 """
 
+from agent.netlink.addresses import GatewayTable
 from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
     ALIAS_PREFIX,
@@ -16,9 +17,17 @@ from agent.netlink.devices import (
     index,
     uplink_mtu,
 )
+from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
-from agent.netlink.pods import InterfaceExists, configure_pod, create_pair, raise_host
+from agent.netlink.pods import (
+    InterfaceExists,
+    configure_pod,
+    create_pair,
+    forget_pod,
+    introduce_node,
+    raise_host,
+)
 from agent.netlink.sysctl import reserve_ports
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
 from agent.netlink.uplinks import node_addresses, uplinks
@@ -27,6 +36,7 @@ __all__ = [
     "ALIAS_PREFIX",
     "NAME_PREFIX",
     "ClsactHooks",
+    "GatewayTable",
     "InterfaceExists",
     "Monitor",
     "NeighbourTable",
@@ -38,10 +48,13 @@ __all__ = [
     "devices",
     "enable_forwarding",
     "fallen_devices",
+    "forget_pod",
     "index",
+    "introduce_node",
     "is_netns",
     "netns_cookie",
     "node_addresses",
+    "pod_macs",
     "raise_host",
     "reserve_ports",
     "same_netns",

@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pyroute2.netlink import (
     NETLINK_EXT_ACK,
@@ -30,6 +30,8 @@ from pyroute2.netlink import (
 )
 
 from agent.state import KernelError
+
+K = TypeVar("K")
 
 NETLINK_CAP_ACK = 10  # linux/netlink.h: an error does not bring the whole request back; pyroute2 has no name for it
 NLMSGERR_ATTR_MSG = 1
@@ -102,6 +104,25 @@ def execute(requests: Sequence[Request]) -> list[KernelError | None]:
         except OSError as error:
             raise kernel_error(batch[0].what, error) from error
     return results
+
+
+def each(keys: Sequence[K], requests: Sequence[Request]) -> dict[K, KernelError]:
+    """Send one request per key; return the failures by key."""
+    return {key: failure for key, failure in zip(keys, execute(requests), strict=True) if failure}
+
+
+def ask(queries: Sequence[Request]) -> list[Message | None]:
+    """Return the one message that answers each query; None where there is no such object. Raises KernelError."""
+    answers: list[Message | None] = []
+    with _open() as channel:
+        for query in queries:
+            try:
+                channel.send(query.data)
+                (answer,) = messages(channel.recv(RECEIVE))
+            except OSError as error:
+                raise kernel_error(query.what, error) from error
+            answers.append(None if answer.type == NLMSG_ERROR else answer)
+    return answers
 
 
 def dump(query: Request) -> list[Message]:

@@ -67,12 +67,12 @@ class Link:
 
 def devices() -> dict[str, int]:
     """Return the host ends of podlane's veth pairs, name to index. Raises KernelError."""
-    return {link.name: link.index for link in _host_ends()}
+    return {link.name: link.index for link in host_ends()}
 
 
 def fallen_devices() -> set[str]:
     """Return the names of those host ends that are administratively down. Raises KernelError."""
-    return {link.name for link in _host_ends() if not link.flags & IFF_UP}
+    return {link.name for link in host_ends() if not link.flags & IFF_UP}
 
 
 def index(name: str) -> int | None:
@@ -105,7 +105,8 @@ def uplink_mtu() -> int:
     The smallest among the devices of the default routes; without one, among the devices with a global
     address; else that of Ethernet.
     """
-    mtus = {link.index: u32(link.attributes[IFLA_MTU]) for link in links() if not link.flags & IFF_LOOPBACK}
+    outward = (link for link in links() if not link.flags & IFF_LOOPBACK and not is_host_end(link))
+    mtus = {link.index: u32(link.attributes[IFLA_MTU]) for link in outward}
     for uplinks in (default_route_devices(), _addressed_devices()):
         if known := [mtus[number] for number in uplinks if number in mtus]:
             return min(known)
@@ -135,7 +136,8 @@ def links(*filters: tuple[str, object]) -> Iterator[Link]:
             yield Link(number, hardware, flags, attributes(answer.body, LINK.size))
 
 
-def _host_ends() -> Iterator[Link]:
+def host_ends() -> Iterator[Link]:
+    """Yield the host ends of podlane's veth pairs. Raises KernelError."""
     # ip link show type veth
     kind = {"attrs": [("IFLA_INFO_KIND", "veth")]}
     return (link for link in links(("IFLA_LINKINFO", kind)) if is_host_end(link))

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 
-from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_SETLINK
+from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
-from pyroute2.netlink.rtnl.rtmsg import RTNH_F_ONLINK, rtmsg
 
 from agent.netlink import sysctl
-from agent.netlink.channel import Request, errno_of, perform, request
+from agent.netlink.channel import Request, errno_of, execute, perform, request
 from agent.netlink.devices import delete_device, index
 from agent.netlink.netns import in_netns
-from agent.netlink.rtnl import ADD, FAMILY, PUT, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, RTN_UNICAST
+from agent.netlink.routing import DEFAULT_ROUTES, Routing, delete_rule, raise_first
+from agent.netlink.rtnl import ADD, FAMILY, PUT, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE
 from agent.state import Address, KernelError
+from cni.result import Route
 
 IPV6_MIN_MTU = 1280  # bytes, RFC 8200 section 5; the kernel keeps IPv6 off devices below it
 IN6_ADDR_GEN_MODE_NONE = 1
 IFA_F_NODAD = 0x02
-RTPROT_STATIC = 4
 RTF_LOCAL = 0x80000000  # linux/ipv6_route.h
 LOCAL_ROUTES = Path("/proc/thread-self/net/ipv6_route")
 _LOCAL_ROUTE_SECONDS = 5.0
@@ -83,31 +83,52 @@ def configure_pod(
     host_mac: str,
     mtu: int,
     gateways: Mapping[int, Address],
-) -> None:
-    """Give a pod's interface its addresses, neighbours and routes, and set it up. Raises KernelError.
+    routes: Sequence[Route] | None = None,
+) -> tuple[Route, ...]:
+    """Give a pod's interface its addresses, neighbours and routes, and set it up; return the routes as they are.
 
     `addresses` become /32 and /128. For each family among them, `gateways` (by IP version) names the
-    link-local address that stands for the node: a permanent neighbour at `host_mac`, and the next hop of the
-    default route. `link_local` is the interface's own fe80:: address, for a pod with IPv6 addresses. Routes
-    that the pod has already, from another attachment, stay. `mtu` is that of the interface, in bytes.
+    link-local address that stands for the node: a permanent neighbour at `host_mac`, and the next hop of every
+    route. `routes` are those that the pod gets beside the ones to its gateways, None means a default route of each
+    family. Those that the pod has already, from another attachment, stay in front (see `routing`).
+    `link_local` is the interface's own fe80:: address, for a pod with IPv6 addresses. `mtu` is that of the
+    interface, in bytes. Raises KernelError.
     """
     versions = sorted({address.version for address in addresses})
     hops = [gateways[version] for version in versions]
+    if routes is None:
+        routes = [Route(DEFAULT_ROUTES[hop.version], gw=hop) for hop in hops]
 
-    def work() -> None:
+    def work() -> tuple[Route, ...]:
         number = _index(pod)
         if 6 in versions:
             _enable_ipv6(pod)
-        wanted = [_set_link(pod, mtu, []), _up(pod)]
-        wanted += [_add_address(number, address, address.max_prefixlen) for address in addresses]
+        requests = [_set_link(pod, mtu, []), _up(pod)]
+        requests += [_add_address(number, address, address.max_prefixlen) for address in addresses]
         if link_local and 6 in versions:
-            wanted.append(_add_address(number, link_local, 64))
-        for hop in hops:
-            wanted += [_add_neighbour(number, hop, host_mac), *_add_routes(number, hop)]
-        perform(wanted)
+            requests.append(_add_address(number, link_local, 64))
+        requests += [_add_neighbour(number, hop, host_mac) for hop in hops]
+        routing = Routing(number, addresses, gateways)
+        failures = execute([*requests, *routing.requests(routes)])
+        raise_first(failures[: len(requests)])
+        made = routing.settle(routes, failures[len(requests) :])
         _wait_until_received([address for address in addresses if address.version == 6])
+        return made
 
-    in_netns(netns, work)
+    return in_netns(netns, work)
+
+
+def introduce_node(netns: int, pod: str, gateways: Iterable[Address], host_mac: str) -> None:
+    """Make the pod's neighbours for its `gateways`, which the kernel forgets when the pod's MAC address changes.
+
+    Even permanent ones (net/core/neighbour.c, neigh_changeaddr). Raises KernelError.
+    """
+    in_netns(netns, lambda: perform([_add_neighbour(_index(pod), hop, host_mac) for hop in gateways]))
+
+
+def forget_pod(netns: int, addresses: Iterable[Address]) -> None:
+    """Remove what an interface with these addresses leaves behind in its namespace: rules. Raises KernelError."""
+    in_netns(netns, lambda: perform([delete_rule(address) for address in addresses]))
 
 
 def _index(name: str) -> int:
@@ -189,26 +210,3 @@ def _add_neighbour(number: int, gateway: Address, mac: str) -> Request:
     what = f"add neighbour {gateway} in the pod"
     entry = [("NDA_DST", str(gateway)), ("NDA_LLADDR", mac)]
     return request(what, ndmsg, RTM_NEWNEIGH, PUT, fields=fields, attributes=entry)
-
-
-def _add_routes(number: int, gateway: Address) -> list[Request]:
-    # ip route add GATEWAY dev POD scope link; ip route add default via GATEWAY dev POD onlink
-    common = {
-        "family": FAMILY[gateway.version],
-        "table": RT_TABLE_MAIN,
-        "proto": RTPROT_STATIC,
-        "type": RTN_UNICAST,
-    }
-    device = ("RTA_OIF", number)
-    to_gateway = {**common, "dst_len": gateway.max_prefixlen, "scope": RT_SCOPE_LINK}
-    default = {**common, "scope": RT_SCOPE_UNIVERSE, "flags": RTNH_F_ONLINK}
-    return [
-        _add_route(f"route to {gateway}", to_gateway, [("RTA_DST", str(gateway)), device]),
-        _add_route(f"default route via {gateway}", default, [("RTA_GATEWAY", str(gateway)), device]),
-    ]
-
-
-def _add_route(name: str, fields: dict[str, int], attributes: list[tuple[str, object]]) -> Request:
-    what = f"add {name} in the pod"
-    taken = (errno.EEXIST,)
-    return request(what, rtmsg, RTM_NEWROUTE, ADD, fields=fields, attributes=attributes, tolerated=taken)

@@ -28,10 +28,11 @@ NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, fl
 FILTER = struct.Struct("=BxxxiIII")  # struct tcmsg: family, index, handle, parent, info
 NEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, index
 
-IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 3, 4, 18, 20
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 5, 18, 20
+IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_TARGET_NETNSID = 29, 37, 46
 IFLA_INFO_KIND = 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
-RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
+RTA_DST, RTA_OIF, RTA_PREFSRC, RTA_MULTIPATH = 1, 4, 7, 9
 NDA_DST, NDA_LLADDR, NDA_PROTOCOL = 1, 2, 12
 TCA_KIND, TCA_OPTIONS, TCA_BPF_NAME, TCA_BPF_ID = 1, 2, 7, 11
 

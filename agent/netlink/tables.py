@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
 
 from pyroute2.netlink.rtnl import (
     RTM_DELNEIGH,
@@ -21,7 +21,7 @@ from pyroute2.netlink.rtnl import (
 from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from agent.netlink.channel import Request, attributes, dump, errno_of, execute, request
+from agent.netlink.channel import Request, attributes, dump, each, errno_of, request
 from agent.netlink.rtnl import (
     ADD,
     CHANGE,
@@ -38,57 +38,64 @@ from agent.netlink.rtnl import (
     RT_TABLE_MAIN,
     RTA_DST,
     RTA_OIF,
+    RTA_PREFSRC,
     RTN_UNICAST,
     RTN_UNREACHABLE,
     u32,
 )
-from agent.state import Address, KernelError, Neighbour, Network
+from agent.state import Address, HostRoute, KernelError, Neighbour, Network
 
-K = TypeVar("K")
+# The metric of unreachable subnets: whoever knows a way into one of them, as the node itself may, comes first.
+_LAST = 1 << 31
 
 
 class RouteTable:
-    """`Table[Address, int]`: the host's route to each pod's address: the index of the pod's host end."""
+    """`Table[Address, HostRoute]`: the host's route to each pod's address."""
 
-    def read(self) -> dict[Address, int]:
-        """Return podlane's host routes, address to device index. Raises KernelError."""
+    def read(self) -> dict[Address, HostRoute]:
+        """Return podlane's host routes. Raises KernelError."""
         return {
-            network.network_address: u32(route[RTA_OIF])
+            network.network_address: HostRoute(
+                u32(route[RTA_OIF]), _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None
+            )
             for network, kind, route in _own_routes()
             if network.prefixlen == network.max_prefixlen and kind == RTN_UNICAST and RTA_OIF in route
         }
 
-    def upsert(self, items: Mapping[Address, int]) -> dict[Address, KernelError]:
+    def upsert(self, items: Mapping[Address, HostRoute]) -> dict[Address, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
-        failures = _each(list(items), [_add_route(*item, ADD) for item in items.items()])
+        failures = each(list(items), [_add_route(*item, ADD) for item in items.items()])
         taken = [address for address, failure in failures.items() if errno_of(failure) == errno.EEXIST]
         if taken:
             ours = [address for address in self.read() if address in taken]
-            replaced = _each(ours, [_add_route(address, items[address], CHANGE) for address in ours])
+            replaced = each(ours, [_add_route(address, items[address], CHANGE) for address in ours])
             failures = {key: value for key, value in failures.items() if key not in ours} | replaced
         return failures
 
     def delete(self, keys: Iterable[Address]) -> dict[Address, KernelError]:
         """Delete podlane's routes to the given addresses; one that is already gone counts as deleted."""
         keys = list(keys)
-        return _each(keys, [_delete_route(address) for address in keys])
+        return each(keys, [_delete_route(address) for address in keys])
 
 
 class SubnetTable:
-    """`Table[Network, "unreachable"]`: the node's own subnets, whose addresses lead nowhere unless a pod has them."""
+    """`Table[Network, "unreachable"]`: the pods' subnets, whose addresses lead nowhere unless a pod has them.
+
+    Or unless the node has another route to them: these come last.
+    """
 
     def read(self) -> dict[Network, Literal["unreachable"]]:
         """Return podlane's unreachable subnets. Raises KernelError."""
         return {network: "unreachable" for network, kind, _ in _own_routes() if kind == RTN_UNREACHABLE}
 
     def upsert(self, items: Mapping[Network, Literal["unreachable"]]) -> dict[Network, KernelError]:
-        """Create the given routes; a route of someone else in the same place is not replaced but a failure."""
-        return _each(list(items), [_subnet("add", network, RTM_NEWROUTE, ADD) for network in items])
+        """Create the given routes, behind those of others."""
+        return each(list(items), [_subnet("add", network, RTM_NEWROUTE, ADD) for network in items])
 
     def delete(self, keys: Iterable[Network]) -> dict[Network, KernelError]:
         """Delete podlane's routes to the given subnets; one that is already gone counts as deleted."""
         keys = list(keys)
-        return _each(keys, [_subnet("delete", network, RTM_DELROUTE, 0) for network in keys])
+        return each(keys, [_subnet("delete", network, RTM_DELROUTE, 0) for network in keys])
 
 
 class NeighbourTable:
@@ -110,12 +117,12 @@ class NeighbourTable:
 
     def upsert(self, items: Mapping[Neighbour, str]) -> dict[Neighbour, KernelError]:
         """Create or replace the given neighbours; return the failures."""
-        return _each(list(items), [_add_neighbour(*item) for item in items.items()])
+        return each(list(items), [_add_neighbour(*item) for item in items.items()])
 
     def delete(self, keys: Iterable[Neighbour]) -> dict[Neighbour, KernelError]:
         """Delete the given neighbours; one already gone, with its device or without, counts as deleted."""
         keys = list(keys)
-        return _each(keys, [_delete_neighbour(key) for key in keys])
+        return each(keys, [_delete_neighbour(key) for key in keys])
 
 
 def _own_routes() -> Iterator[tuple[Network, int, dict[int, bytes]]]:
@@ -131,7 +138,7 @@ def _own_routes() -> Iterator[tuple[Network, int, dict[int, bytes]]]:
 
 
 def _subnet(verb: str, network: Network, type_: int, flags: int) -> Request:
-    # ip route add unreachable NETWORK proto 112
+    # ip route add unreachable NETWORK metric 2147483648 proto 112
     fields = {
         "family": FAMILY[network.version],
         "dst_len": network.prefixlen,
@@ -141,14 +148,11 @@ def _subnet(verb: str, network: Network, type_: int, flags: int) -> Request:
         "type": RTN_UNREACHABLE,
     }
     gone = (errno.ESRCH, errno.ENOENT) if type_ == RTM_DELROUTE else ()
-    entry = [("RTA_DST", str(network.network_address))]
+    entry: list[tuple[str, object]] = [("RTA_DST", str(network.network_address))]
+    if type_ == RTM_NEWROUTE:  # to delete, any: earlier agents gave none
+        entry.append(("RTA_PRIORITY", _LAST))
     what = f"{verb} unreachable {network}"
     return request(what, rtmsg, type_, flags, fields=fields, attributes=entry, tolerated=gone)
-
-
-def _each(keys: Sequence[K], requests: Sequence[Request]) -> dict[K, KernelError]:
-    """Send one request per key; return the failures by key."""
-    return {key: failure for key, failure in zip(keys, execute(requests), strict=True) if failure}
 
 
 def _route(address: Address) -> dict[str, int]:
@@ -162,10 +166,12 @@ def _route(address: Address) -> dict[str, int]:
     }
 
 
-def _add_route(address: Address, number: int, flags: int) -> Request:
-    # ip route add ADDRESS dev DEVICE scope link proto 112
-    entry = [("RTA_DST", str(address)), ("RTA_OIF", number)]
-    what = f"add route {address} to device {number}"
+def _add_route(address: Address, route: HostRoute, flags: int) -> Request:
+    # ip route add ADDRESS dev DEVICE scope link proto 112 [src SOURCE]
+    entry = [("RTA_DST", str(address)), ("RTA_OIF", route.ifindex)]
+    if route.source is not None:
+        entry.append(("RTA_PREFSRC", str(route.source)))
+    what = f"add route {address} to device {route.ifindex}"
     return request(what, rtmsg, RTM_NEWROUTE, flags, fields=_route(address), attributes=entry)
 
 

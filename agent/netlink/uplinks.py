@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,7 +11,7 @@ from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_NEWADDR
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
 from agent.netlink.channel import attributes, dump, request
-from agent.netlink.devices import Link, default_route_devices, is_host_end, links
+from agent.netlink.devices import Link, default_route_devices, host_ends, is_host_end, links
 from agent.netlink.rtnl import ADDRESS, IFA_ADDRESS, IFA_LOCAL, IFLA_INFO_KIND, IFLA_LINKINFO, RT_SCOPE_UNIVERSE, text
 from agent.state import Address, Sources, Uplink
 
@@ -26,10 +26,11 @@ UNFIT = IFA_F_SECONDARY | IFA_F_DADFAILED | IFA_F_DEPRECATED | IFA_F_TENTATIVE
 
 
 @dataclass(frozen=True, slots=True)
-class _Assigned:
-    """An address on a device."""
+class Assigned:
+    """An address on a device, with its scope (RT_SCOPE_…) and flags (IFA_F_…)."""
 
     address: Address
+    bits: int
     device: int
     scope: int
     flags: int
@@ -42,7 +43,7 @@ def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
     a default route of the main table uses it, or if it has an address of global scope and is not of an inward kind.
     podlane's own devices never do.
     """
-    addresses = list(_addresses())
+    addresses = list(assigned_addresses())
     routed = default_route_devices() if not patterns else set()
     addressed = {each.device for each in addresses if each.scope == RT_SCOPE_UNIVERSE}
 
@@ -56,11 +57,12 @@ def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
 
 
 def node_addresses() -> frozenset[Address]:
-    """Return all addresses on all devices, of whatever scope. Raises KernelError."""
-    return frozenset(each.address for each in _addresses())
+    """Return all addresses on all devices, of whatever scope, but podlane's own. Raises KernelError."""
+    found = set(assigned_addresses())
+    return frozenset(each.address for each in found - on_host_ends(found))
 
 
-def _sources(device: int, addresses: list[_Assigned]) -> Sources:
+def _sources(device: int, addresses: list[Assigned]) -> Sources:
     """Return the addresses that a host would rather use: the first fit one of each family, as the kernel lists them."""
     fit = [
         each.address
@@ -77,11 +79,20 @@ def _kind(link: Link) -> str:
     return text(attributes(link.attributes.get(IFLA_LINKINFO, b""), 0).get(IFLA_INFO_KIND, b""))
 
 
-def _addresses() -> Iterator[_Assigned]:
+def assigned_addresses() -> Iterator[Assigned]:
+    """Yield all addresses on all devices. Raises KernelError."""
     # ip address show
     for answer in dump(request("list addresses", ifaddrmsg, RTM_GETADDR)):
         if answer.type == RTM_NEWADDR:
-            _, _, flags, scope, device = ADDRESS.unpack_from(answer.body)
+            _, bits, flags, scope, device = ADDRESS.unpack_from(answer.body)
             given = attributes(answer.body, ADDRESS.size)
             packed = given.get(IFA_LOCAL) or given[IFA_ADDRESS]  # of a point-to-point link, the latter is the peer's
-            yield _Assigned(ipaddress.ip_address(packed), device, scope, flags)
+            yield Assigned(ipaddress.ip_address(packed), bits, device, scope, flags)
+
+
+def on_host_ends(assigned: Iterable[Assigned]) -> set[Assigned]:
+    """Return those that are podlane's own (see `addresses`). Raises KernelError."""
+    alone = {each for each in assigned if each.bits == each.address.max_prefixlen}
+    global_ = {each for each in alone if not (each.address.is_loopback or each.address.is_link_local)}
+    own = {link.index for link in host_ends()} if global_ else set()
+    return {each for each in global_ if each.device in own}

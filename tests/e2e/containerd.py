@@ -1,14 +1,11 @@
 """A private, real containerd for tests and the demo; whichever CNI plugin is configured wires its pods.
 
-It runs in PID and mount namespaces of its own, so that ending their first process ends containerd, all shims,
-containers and mounts at once, whatever state they are in. That first process ends when the pipe from this one
-closes, so nothing outlives a harness that was killed either.
+It runs in a box (box.py) with all of its shims, containers and mounts.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -16,19 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from tests.e2e.box import PATH, Box, cgroup_of
 from tests.e2e.cri import CriClient, CriError, CriUnavailableError, ExecResult, sandbox_config, server_pid
 from tests.e2e.image import IMAGE, SERVE_OWN_NAME, write_image
 
 START_TIMEOUT = 30.0  # seconds; a start takes a third of one
 SERVER_TIMEOUT = 10.0  # seconds until a pod's web server must answer
-STOP_TIMEOUT = 60.0  # seconds, after the pods' removal
 PARALLEL_CALLS = 8  # pods; the best of 2, 4, 8 and 16 on two cores
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # From Debian's containernetworking-plugins; containerd 1.6 calls it for every pod.
 _LOOPBACK = Path("/usr/lib/cni/loopback")
 _UNIX_PATH_MAX = 107  # bytes; unix(7)
@@ -36,28 +31,12 @@ _UNIX_PATH_MAX = 107  # bytes; unix(7)
 # Directories whose names are compiled in, for shim sockets (containerd) and results (libcni): made private.
 _SHARED_DIRECTORIES = {"shims": "/run/containerd", "cni": "/var/lib/cni"}
 
-# PID 1 of the namespaces: reaps, and ends when either containerd or the harness does (end of file on stdin).
+# PID 1 of the box: reaps, and ends when either containerd or the harness does (end of file on stdin).
 _INIT = """
 mount --bind "$1/shims" /run/containerd && mount --bind "$1/cni" /var/lib/cni && ip link set lo up || exit
 containerd --config "$1/config.toml" </dev/null &
 cat <&0 >/dev/null &
 wait -n
-"""
-
-# Stays outside, where those mounts do not exist, waits for the namespaces' end and removes what is left, also when
-# the harness was killed. A cgroup can be busy for a moment after its last process.
-_SUPERVISOR = """
-home=$1 cgroup=$2; shift 2
-"$@"
-for attempt in {1..100}; do
-  busy=
-  for top in /sys/fs/cgroup/"$cgroup" /sys/fs/cgroup/*/"$cgroup"; do
-    [ -d "$top" ] && ! find "$top" -depth -type d -delete && busy=1
-  done 2>/dev/null
-  [ $busy ] || break
-  sleep 0.05
-done
-rm -rf --one-file-system "$home"
 """
 
 T = TypeVar("T")
@@ -111,9 +90,9 @@ class Containerd:
     ) -> None:
         self._home = directory.resolve() / "containerd"
         self._socket = self._home / "containerd.sock"
-        self.cgroup = f"podlane-e2e-{sha256(bytes(self._home)).hexdigest()[:12]}"
+        self.cgroup = cgroup_of(self._home)
         self._conf_dir, self._bin_dir = conf_dir.resolve(), bin_dir.resolve()
-        self._netns, self._env = netns, {"PATH": _PATH, **(env or {})}
+        self._netns, self._env = netns, {"PATH": PATH, **(env or {})}
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -134,7 +113,8 @@ class Containerd:
             raise ContainerdError(f"start containerd: socket path too long: {self._socket}")
         with ExitStack() as undo:
             snapshotter = self._prepare(undo)
-            self._spawn(undo)
+            self._box = Box(self._home, _INIT, netns=self._netns, env=self._env)
+            undo.callback(self._box.close)
             self.pid = self._retry(lambda: server_pid(self._socket))
             self._cri = CriClient(self._socket)
             undo.callback(self._cri.close)
@@ -155,19 +135,26 @@ class Containerd:
         """
         self._undo.close()
 
-    def run_pod(self, name: str, command: Sequence[str] | None = None) -> Pod:
+    def networks(self) -> list[str]:
+        """Return the names of the CNI networks that pods are attached to now, the loopback one first."""
+        return self._cri.networks()
+
+    def run_pod(
+        self, name: str, command: Sequence[str] | None = None, *, host_ports: Mapping[int, int] | None = None
+    ) -> Pod:
         """Run a pod with one container, by default a web server on port 8080 whose page is the pod's name.
 
-        Returns when the server answers, and raises `CriError` or `ContainerdError`, having removed the pod.
+        `host_ports` are TCP ports of the node with the pod's ports that they lead to. Returns when the server answers,
+        and raises `CriError` or `ContainerdError`, having removed the pod.
         """
-        config = sandbox_config(name, f"/{self.cgroup}")
+        config = sandbox_config(name, f"/{self.cgroup}", host_ports or {})
         sandbox = self._cri.run_sandbox(config)
         try:
             container = self._cri.run_container(sandbox, config, IMAGE, command or SERVE_OWN_NAME)
             status = self._cri.sandbox_status(sandbox)
             netns = Path(f"/proc/{self.pid}/root{status.netns}")
             if command is None:
-                _wait_for_server(name, netns)
+                wait_for_server(name, netns)
         except (CriError, ContainerdError):
             self._cri.remove_sandbox(sandbox)
             raise
@@ -191,27 +178,6 @@ class Containerd:
         snapshotter = "overlayfs" if _overlay_works(self._home / "probe") else "native"
         (self._home / "config.toml").write_text(self._config(snapshotter))
         return snapshotter
-
-    def _spawn(self, undo: ExitStack) -> None:
-        self._log = undo.enter_context((self._home / "containerd.log").open("w+b"))
-        enter = [] if self._netns is None else ["nsenter", f"--net=/run/netns/{self._netns}"]
-        # Slave propagation: a network namespace that is deleted outside does not live on in a copied mount.
-        unshare = ["unshare", "--mount", "--propagation=slave", "--pid", "--fork", "--kill-child"]
-        init = ["--mount-proc", "bash", "-c", _INIT, "init", str(self._home)]
-        self._process = subprocess.Popen(
-            ["bash", "-c", _SUPERVISOR, "supervisor", str(self._home), self.cgroup, *enter, *unshare, *init],
-            env=self._env,
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,  # an interrupt at the terminal is for the harness, which then stops this
-        )
-        undo.callback(self._end_process)
-
-    def _end_process(self) -> None:
-        if self._process.stdin:
-            self._process.stdin.close()
-        self._process.wait(STOP_TIMEOUT)
 
     def _config(self, snapshotter: str) -> str:
         unused = ("aufs", "btrfs", "devmapper", "zfs")
@@ -261,13 +227,9 @@ disabled_plugins = {json.dumps([*plugins, "io.containerd.internal.v1.opt"])}
             try:
                 return action()
             except (CriError, ConnectionRefusedError, FileNotFoundError) as error:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise ContainerdError(f"wait for containerd: {error}\n{self._log_tail()}") from error
+                if time.monotonic() > deadline or self._box.ended:
+                    raise ContainerdError(f"wait for containerd: {error}\n{self._box.log_tail()}") from error
             time.sleep(0.02)
-
-    def _log_tail(self) -> str:
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), 3000, max(0, size - 3000)).decode(errors="replace")
 
     def _remove_pods(self) -> None:
         # With a containerd that was killed its pods are gone already.
@@ -275,8 +237,11 @@ disabled_plugins = {json.dumps([*plugins, "io.containerd.internal.v1.opt"])}
             list(pool.map(self._cri.remove_sandbox, self._cri.sandboxes()))
 
 
-def _wait_for_server(pod: str, netns: Path) -> None:
-    """Wait for a pod's web server, on its loopback device, so that not a packet is seen on eth0."""
+def wait_for_server(pod: str, netns: Path) -> None:
+    """Wait for a pod's web server, on its loopback device, so that not a packet is seen on eth0.
+
+    Raises ContainerdError.
+    """
     connect = "until (exec 3<>/dev/tcp/127.0.0.1/8080) 2>/dev/null; do sleep 0.02; done"
     try:
         subprocess.run(["nsenter", f"--net={netns}", "bash", "-c", connect], timeout=SERVER_TIMEOUT, check=True)

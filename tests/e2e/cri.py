@@ -6,7 +6,7 @@ import json
 import socket
 import struct
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -68,6 +68,12 @@ class CriClient:
         for condition in status.conditions:
             if not condition.status and (network or condition.type != "NetworkReady"):
                 raise CriError(f"Status of runtime: no {condition.type}: {condition.message}")
+
+    def networks(self) -> list[str]:
+        """Return the names of the CNI networks in force."""
+        info = _call(self._runtime.Status, _messages.StatusRequest(verbose=True), "runtime").info
+        networks = json.loads(info["cniconfig"])["Networks"] if "cniconfig" in info else None
+        return [network["Config"]["Name"] for network in networks or []]
 
     def check_image(self, reference: str) -> None:
         """Raise `CriError` unless the runtime can start containers of the image."""
@@ -143,11 +149,15 @@ def server_pid(path: Path) -> int:
     return int(struct.unpack("3i", credentials)[0])
 
 
-def sandbox_config(name: str, cgroup_parent: str) -> Message:
-    """Describe a pod as a kubelet does: named by its hostname, a fresh uid, PIDs of its own per container."""
+def sandbox_config(name: str, cgroup_parent: str, host_ports: Mapping[int, int]) -> Message:
+    """Describe a pod as a kubelet does: named by its hostname, a fresh uid, PIDs of its own per container.
+
+    `host_ports` are TCP ports of the node with those of the pod.
+    """
     return _messages.PodSandboxConfig(
         metadata=_messages.PodSandboxMetadata(name=name, uid=str(uuid.uuid4()), namespace="default"),
         hostname=name,
+        port_mappings=[_messages.PortMapping(host_port=host, container_port=own) for host, own in host_ports.items()],
         linux=_messages.LinuxPodSandboxConfig(
             cgroup_parent=cgroup_parent,
             security_context=_messages.LinuxSandboxSecurityContext(namespace_options=_own_pids()),

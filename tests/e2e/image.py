@@ -28,7 +28,7 @@ def write_image(path: Path, busybox: Path = Path("/bin/busybox")) -> None:
 
     `busybox` must be statically linked (Debian: busybox-static), as the image holds no libraries.
     """
-    layer = _layer(busybox)
+    layer = write_layer(busybox).getvalue()
     machine = platform.machine()
     config = {
         "architecture": _ARCHITECTURES.get(machine, machine),
@@ -43,7 +43,8 @@ def write_image(path: Path, busybox: Path = Path("/bin/busybox")) -> None:
         _add_file(archive, "layer.tar", layer)
 
 
-def _layer(busybox: Path) -> bytes:
+def write_layer(busybox: Path = Path("/bin/busybox")) -> io.BytesIO:
+    """Return the image's root file system as a tar archive, at its beginning."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for directory in ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "www"):
@@ -55,7 +56,8 @@ def _layer(busybox: Path) -> bytes:
         _add_file(tar, "etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
         _add_file(tar, "etc/group", b"root:x:0:\n")
         _add_file(tar, "www/index.html", b"podlane\n")
-    return buffer.getvalue()
+    buffer.seek(0)
+    return buffer
 
 
 def _add_directory(tar: tarfile.TarFile, name: str) -> None:

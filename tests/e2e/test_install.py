@@ -67,7 +67,10 @@ def watch(node: Machine) -> Iterator[Watch]:
 
 
 def test_conflist_comes_last_and_whole(node: Machine, watch: Watch) -> None:
-    """Launcher, then conflist appear by one rename each; from that moment on a pod can be added."""
+    """2.2: launcher, then conflist appear by one rename each, within their directory, from names that no runtime loads.
+
+    From that moment on a pod can be added.
+    """
     node.start_agent(wait=False)
     events = watch.events_to(_CONFLIST)
     pod = Netns("early")
@@ -80,10 +83,13 @@ def test_conflist_comes_last_and_whole(node: Machine, watch: Watch) -> None:
         (_MOVED_TO, _LAUNCHER),
         (_MOVED_TO, _CONFLIST),
     ]
+    drafts = [name for mask, name in events if mask == _MOVED_FROM]
+    assert len(drafts) == 2
+    assert [name for name in drafts if name.endswith((".conf", ".conflist", ".json"))] == []
 
 
 def test_files_are_as_the_runtime_needs_them(node: Machine) -> None:
-    """The launcher is whole and executable, and the conflist names it in every version that podlane speaks."""
+    """2.1: the launcher is whole and executable; the conflist is of a version that any libcni reads, and names more."""
     node.start_agent()
     assert [path.name for path in (node.directory / "bin").iterdir()] == [_LAUNCHER]
     assert [path.name for path in (node.directory / "conf").iterdir()] == [_CONFLIST]
@@ -92,11 +98,15 @@ def test_files_are_as_the_runtime_needs_them(node: Machine) -> None:
     assert (launcher.stat().st_mode & 0o777, conflist.stat().st_mode & 0o777) == (0o755, 0o644)
     content = json.loads(conflist.read_text())
     assert [plugin["type"] for plugin in content["plugins"]] == [_LAUNCHER]
-    assert {content["cniVersion"], "1.1.0"} <= set(content["cniVersions"])
+    assert (content["cniVersion"], content["cniVersions"]) == ("1.0.0", ["0.3.1", "0.4.0", "1.0.0", "1.1.0"])
+    assert "disableCheck" not in content
 
 
 def test_restart_does_not_touch_them(node: Machine, watch: Watch) -> None:
-    """An agent that finds its files in place leaves them alone: no runtime reloads its configuration for nothing."""
+    """2.2: an agent leaves its files alone when it stops, and when it finds them in place at its start.
+
+    Without them a runtime could not even delete pods, and it reloads them for nothing.
+    """
     node.start_agent()
     node.stop_agent()
     watch.events_to(_CONFLIST)

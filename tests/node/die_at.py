@@ -4,10 +4,10 @@
 
 The command may be SETTLE, the agent's own call that moves programs to where they shall stay, of whichever container.
 
-A step is a change that outlives the process: an SQL statement, a netlink message, a BPF call, a change of a file, and
-in the end the reply. A kill between two other instructions leaves the same world behind as the kill at the next step.
-Steps are counted, in all threads, from the moment the call arrives; a STEP of 0 kills nobody. The log tells how many
-there were.
+A step is a change that outlives the process: an SQL statement, a netlink message, a BPF call, a change of a file, the
+start of another program, and in the end the reply. A kill between two other instructions leaves the same world behind
+as the kill at the next step. Steps are counted, in all threads, from the moment the call arrives. A STEP of 0 kills
+nobody: the log tells which steps there were.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import threading
 from types import FrameType
 
+from agent import pods
 from agent.__main__ import main as agent_main
 from agent.datapath import libbpf
 from agent.datapath.maps import Map
@@ -30,10 +31,10 @@ from cni.wire import reply
 
 # C functions by qualified name. The profiler sees no calls through ctypes, so the BPF calls that change something go by
 # the Python functions that make them.
-_OUTSIDE = {"Connection.execute", "socket.send", "FileIO.write", "unlink", "mkdir"}
+_OUTSIDE = {"Connection.execute", "socket.send", "FileIO.write", "unlink", "mkdir", "fork_exec"}
 _BPF_CALLS = (libbpf.pin, libbpf.link_create, libbpf.link_update, libbpf.link_detach, Map.update, Map.delete)
 _ARRIVAL, _REPLY, _SETTLE = handle.__code__, reply.__code__, StagedHooks.settle.__code__
-_READS = {dump.__code__, Store.pods.__code__}
+_READS = {function.__code__ for function in (dump, Store.pods, pods.find, pods.find_all)}
 _STEPS = {_REPLY, *(function.__code__ for function in _BPF_CALLS)}
 
 
@@ -64,32 +65,32 @@ class Executioner:
         elif frame.f_code is _SETTLE:
             self._armed |= self._victim[0] == "SETTLE"
         elif self._armed and frame.f_code in _STEPS:
-            number = self._step(frame.f_code.co_qualname)
+            self._step(frame.f_code.co_qualname)
             if frame.f_code is _REPLY:
                 self._armed = False
-                _say(f"steps={number}")
 
-    def _step(self, what: str) -> int:
+    def _step(self, what: str) -> None:
         number = next(self._numbers)
         if number == self._fatal:
             _say(f"killed at step={number} before {what!r}")
             os.kill(os.getpid(), signal.SIGKILL)
-        return number
+        if not self._fatal:
+            _say(f"step={number} is {what!r}")
 
 
 def _say(text: str) -> None:
     os.write(sys.stderr.fileno(), f"die_at: {text}\n".encode())
 
 
-def main() -> None:
-    """Take our own arguments away and become the agent."""
-    command, container, fatal = sys.argv[1:4]
-    del sys.argv[1:4]
-    executioner = Executioner(command, container, int(fatal))
+def live(command: str, container: str, fatal: int) -> None:
+    """Be the agent until that step."""
+    executioner = Executioner(command, container, fatal)
     threading.setprofile(executioner)
     sys.setprofile(executioner)
     agent_main()
 
 
 if __name__ == "__main__":
-    main()
+    doomed, of, before = sys.argv[1:4]
+    del sys.argv[1:4]
+    live(doomed, of, int(before))

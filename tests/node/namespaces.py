@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,17 @@ def fresh_netns() -> Iterator[int]:
             raise OSError(ctypes.get_errno(), "setns back from the test's namespace")
         os.close(before)
         os.close(inside)
+
+
+@contextmanager
+def two_host_ends() -> Iterator[tuple[int, int]]:
+    """Make a namespace with two host ends, plone and pltwo, up, for the calling thread; yield their indexes."""
+    with fresh_netns():
+        for name in ("plone", "pltwo"):
+            run(f"ip link add {name} type veth peer name {name}peer")
+            run(f"ip link set {name} up alias podlane:{name}")
+            run(f"ip link set {name}peer up")
+        yield socket.if_nametoindex("plone"), socket.if_nametoindex("pltwo")
 
 
 def new_netns() -> int:

@@ -1,4 +1,4 @@
-"""The agent is killed with SIGKILL between any two steps of ADD and of DEL: no address is given twice, none is lost."""
+"""The agent is killed with SIGKILL between any two steps of each command: no address is given twice, none is lost."""
 
 from __future__ import annotations
 
@@ -8,24 +8,67 @@ import random
 import re
 import signal
 import sqlite3
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address
+from pathlib import Path
 
 import pytest
 
+from tests.node.forked import start_doomed
 from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
 from tests.node.programs import wait_settled
 
-DIE_AT = (sys.executable, "-m", "tests.node.die_at")
 SEED = 20
-MOST_POINTS = 60  # of a command; if it has more steps, a random choice of them. PODLANE_CRASH_POINTS=all tries all
 DELETES_AT_ONCE, DELETES_LATER, NEVER_DELETES = RUNTIMES = ("at-once", "later", "never")
-ROUNDS, WORKERS = 10, 8  # of the kills at random times
+ROUNDS, WORKERS = 8, 8  # of the kills at random times
+PLUGINS = "/usr/lib/cni"  # of Debian's containernetworking-plugins
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, by its configuration beside name and type."""
+
+    name: str
+    ipam: Mapping[str, object] = field(default_factory=dict)
+
+    def config(self, data: Path, **changes: object) -> dict[str, object]:
+        """Return the configuration; `data` is where host-local keeps its addresses."""
+        ipam = {**self.ipam, "dataDir": str(data)} if self.ipam else None
+        return {"cniVersion": "1.0.0", "name": self.name, "ipam": ipam, **changes}
+
+
+EVERYWHERE = {"routes": [{"dst": "0.0.0.0/0"}]}
+PLAIN = Network("podlane")
+OWN = Network("own", {"type": "podlane", "subnet": "10.77.0.0/24", **EVERYWHERE})
+DELEGATED = Network("delegated", {"type": "host-local", "subnet": "10.79.0.0/24", **EVERYWHERE})
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which steps of a command to die before: from the first that is `since` to the first after it that is `until`.
+
+    Those that are left out are as in another scenario.
+    """
+
+    since: str = ""
+    until: str = "reply"
+
+    def choose(self, labels: Sequence[str]) -> list[int]:
+        """Return their numbers. Of a transaction only begin and commit: whatever dies in between is rolled back."""
+        first = next(number for number, label in enumerate(labels) if self.since in label)
+        last = next(number for number, label in enumerate(labels) if number > first and self.until in label)
+        within = range(first + 1, last + 2)
+        if os.environ.get("PODLANE_CRASH_POINTS") == "all":
+            return list(range(1, len(labels) + 1))
+        return [each for each in within if not re.match(r"Connection.execute in (?!.*_transaction)", labels[each - 1])]
+
+
+ALL = Steps()
 
 
 class Crashes:
@@ -34,39 +77,63 @@ class Crashes:
     def __init__(self, node: Machine, scratch: Netns) -> None:
         self.node = node
         self.scratch = scratch
+        self.data = node.directory / "data"
         self.witnesses = (node.make_pod("a"), node.make_pod("b"))
         wait_settled(node, *self.witnesses)
         self.baseline = node.traces()
 
-    def cni(self, command: str, container: str) -> Outcome:
-        """Call the launcher for a container in the scratch namespace."""
-        return self.node.cni(command, container_id=container, netns=str(self.scratch.path))
+    def cni(self, command: str, container: str, network: Network = PLAIN, **changes: object) -> Outcome:
+        """Call the launcher for a container in the scratch namespace; without a name, for no container."""
+        return self.node.cni(
+            command,
+            container_id=container,
+            netns=str(self.scratch.path) if container else "",
+            ifname="eth0" if container else "",
+            config=network.config(self.data, **changes),
+            env={"CNI_PATH": f"{self.node.directory}/bin:{PLUGINS}"},
+        )
 
-    def add(self, container: str) -> TestPod:
+    def add(self, container: str, network: Network = PLAIN) -> TestPod:
         """ADD a container that must succeed."""
-        outcome = self.cni("ADD", container)
+        outcome = self.cni("ADD", container, network)
         assert outcome.exit_code == 0, f"{outcome.stdout}\n{self.node.log_tail()}"
         return TestPod(self.scratch, container, outcome.json())
 
-    def delete(self, container: str) -> None:
+    def delete(self, container: str, network: Network = PLAIN) -> None:
         """DEL a container; that succeeds, agent or not."""
-        outcome = self.cni("DEL", container)
+        outcome = self.cni("DEL", container, network)
         assert outcome.exit_code == 0, f"{outcome.stdout}\n{self.node.log_tail()}"
+
+    def check(self, pod: TestPod, network: Network) -> Outcome:
+        """CHECK a container."""
+        return self.cni("CHECK", pod.container_id, network, prevResult=pod.result)
+
+    def collect(self, network: Network, *valid: str) -> Outcome:
+        """GC a network, with these valid containers; host-local itself has no GC, hence without `ipam`."""
+        listed = [{"containerID": each, "ifname": "eth0"} for each in valid]
+        return self.cni("GC", "", Network(network.name), cniVersion="1.1.0", **{"cni.dev/valid-attachments": listed})
 
     def start_agent(self, command: str, container: str, step: int) -> None:
         """Start an agent that dies just before a step of the given call; before step 0 nobody dies."""
-        self.node.agent_command = (*DIE_AT, command, container, str(step))
-        self.node.start_agent()
+        start_doomed(self.node, command, container, step)
 
-    def count_steps(self, command: str) -> int:
-        """Return how many steps a command has, by one that nobody dies of."""
+    def steps(self, command: str, network: Network = PLAIN, which: Steps = ALL) -> list[int]:
+        """Return the steps of a command to die before, learned from one that nobody dies of."""
         self.node.kill_agent()
-        self.start_agent(command, "counted", 0)
-        self.add("counted")
-        self.delete("counted")
-        found = re.findall(r"^die_at: steps=(\d+)$", self.node.log.read_text(), re.MULTILINE)
+        self.start_agent(command, "" if command == "GC" else "counted", 0)
+        start = self.node.log.stat().st_size
+        pod = self.add("counted", network)
+        if command == "CHECK":
+            assert self.check(pod, network).exit_code == 0
+        if command == "GC":
+            assert self.collect(network).exit_code == 0
+        self.delete("counted", network)
+        log = self.node.log.read_text()[start:]
+        labels = re.findall(r"^die_at: step=\d+ is '(.*)'$", log, re.MULTILINE)
         self.node.kill_agent()
-        return int(found[-1])
+        chosen = which.choose(labels)
+        print(f"{command} on {network.name}: {len(chosen)} of {len(labels)} steps")
+        return chosen
 
     def finish_off(self) -> None:
         """See the agent dead. One that got by with fewer steps than were counted is killed after the call."""
@@ -82,26 +149,39 @@ class Crashes:
             found = [IPv6Address(packed) for (packed,) in db.execute(query, (container,))]
         return {str(address.ipv4_mapped or address) for address in found}
 
+    def is_active(self, container: str) -> bool:
+        """Say whether the store has it as a whole pod."""
+        with sqlite3.connect(f"file:{self.node.directory}/state/ipam.db?mode=ro", uri=True) as db:
+            query = "SELECT 1 FROM attachment WHERE container_id = ? AND phase = 'active'"
+            return db.execute(query, (container,)).fetchone() is not None
+
+    def leased(self) -> list[str]:
+        """Return the addresses that host-local holds."""
+        return sorted(path.name for path in self.data.glob("*/*.*.*.*"))
+
     def witnesses_talk(self) -> bool:
         """Say whether the two pods that were there before still reach each other."""
         a, b = self.witnesses
         return all(self.node.pings(a, address, count=1) for address in b.addresses)
 
-    def check(self, past: set[str]) -> None:
+    def check_clean(self, past: set[str], network: Network = PLAIN) -> None:
         """Assert that nothing is left, the witnesses talk, and the next pod works, with addresses not of the `past`."""
-        assert self.node.traces() == self.baseline
+        # The self-GC has what a delegate must take back.
+        self.node.wait_for(lambda: not self.leased() and self.node.traces() == self.baseline, "all traces to go")
         assert self.witnesses_talk()
-        pod = self.add("next")
+        pod = self.add("next", network)
         taken = past.union(*(each.addresses for each in self.witnesses))
         assert taken.isdisjoint(pod.addresses)
-        assert all(self.node.pings(pod, address, count=1) for address in self.witnesses[0].addresses)
-        self.delete("next")
+        assert all(
+            self.node.pings(pod, address, count=1) for address in self.witnesses[0].addresses[: len(pod.addresses)]
+        )
+        self.delete("next", network)
 
 
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Crashes]:
     """Make a node for all crashes: what one of them leaves behind, the next one meets. The parameter is for `hooks`."""
-    with machine(tmp_path_factory.mktemp("node"), hooks=request.param) as node:
+    with machine(tmp_path_factory.mktemp("node"), hooks=request.param, gc_grace_seconds=0.0) as node:
         node.add_uplink()
         node.start_agent()
         scratch = Netns("scratch")
@@ -111,68 +191,117 @@ def crashes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
             scratch.delete()
 
 
-def plans(steps: int) -> list[tuple[int, str]]:
+def plans(steps: Sequence[int]) -> list[tuple[int, str]]:
     """Return the steps to die before, each with what the runtime does about the failed ADD."""
-    every = range(1, steps + 1)
     if os.environ.get("PODLANE_CRASH_POINTS") == "all":
-        return list(itertools.product(every, RUNTIMES))
-    chosen = sorted(random.Random(SEED).sample(every, min(steps, MOST_POINTS)))
-    print(f"{len(chosen)} of {steps} steps, seed {SEED}")
-    return [(step, RUNTIMES[step % len(RUNTIMES)]) for step in chosen]
+        return list(itertools.product(steps, RUNTIMES))
+    return [(step, RUNTIMES[number % len(RUNTIMES)]) for number, step in enumerate(steps)]
+
+
+ADDS = [(PLAIN, ALL), (OWN, Steps(until="socket.send")), (DELEGATED, Steps(until="socket.send"))]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("crashes", ["auto"], indirect=True)
-def test_killed_during_add(crashes: Crashes) -> None:
+@pytest.mark.parametrize(("network", "which"), ADDS, ids=[network.name for network, _ in ADDS])
+def test_killed_during_add(crashes: Crashes, network: Network, which: Steps) -> None:
     """An agent killed before any step of ADD leaves nothing once it is back, whether or not the runtime calls DEL."""
-    doomed = [(f"add-{step}-{runtime}", step, runtime) for step, runtime in plans(crashes.count_steps("ADD"))]
+    steps = crashes.steps("ADD", network, which)
+    doomed = [(f"add-{network.name}-{step}-{runtime}", step, runtime) for step, runtime in plans(steps)]
     followers = [*doomed[1:], ("nobody", 0, "")]
     crashes.start_agent("ADD", *doomed[0][:2])
     for (container, _, runtime), follower in zip(doomed, followers, strict=True):
-        outcome = crashes.cni("ADD", container)
+        outcome = crashes.cni("ADD", container, network)
         crashes.finish_off()
         assert outcome.exit_code == 0 or outcome.json()["code"] == 11
         past = crashes.held(container)
         assert crashes.witnesses_talk()
         if runtime == DELETES_AT_ONCE:
-            crashes.delete(container)
+            crashes.delete(container, network)
         crashes.start_agent("ADD", *follower[:2])
         if runtime == DELETES_LATER:
-            crashes.delete(container)
-        if crashes.held(container):  # died after the commit: a whole pod, and nobody knows that the runtime gave it up
+            crashes.delete(container, network)
+        if crashes.is_active(
+            container
+        ):  # died after the commit: a whole pod, and nobody knows that the runtime gave it up
             assert outcome.exit_code == 0 or runtime == NEVER_DELETES
             assert all(crashes.node.pings(crashes.witnesses[0], address, count=1) for address in past)
-            crashes.delete(container)
-        crashes.check(past)
+            crashes.delete(container, network)
+        crashes.check_clean(past, network)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("crashes", ["auto", "tcx"], indirect=True)  # a pod's first hooks, and what they settle to
 def test_killed_during_del(crashes: Crashes) -> None:
     """A DEL succeeds whenever the agent dies of it, and once the agent is back, it is done."""
-    steps = list(range(1, crashes.count_steps("DEL") + 1))
-    crashes.start_agent("DEL", "del-1", 1)
+    die_deleting(crashes, PLAIN, ALL)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("crashes", ["auto"], indirect=True)
+def test_killed_during_del_by_a_delegate(crashes: Crashes) -> None:
+    """So it does if a delegate has to take back what it gave."""
+    die_deleting(crashes, DELEGATED, Steps(since="fork_exec"))
+
+
+def die_deleting(crashes: Crashes, network: Network, which: Steps) -> None:
+    """Have an agent die before each of these steps of DEL."""
+    steps = crashes.steps("DEL", network, which)
+    crashes.start_agent("DEL", f"del-{steps[0]}", steps[0])
     for step, following in zip(steps, [*steps[1:], 0], strict=True):
-        pod = crashes.add(f"del-{step}")
-        crashes.delete(pod.container_id)
+        pod = crashes.add(f"del-{step}", network)
+        crashes.delete(pod.container_id, network)
         crashes.finish_off()
         assert crashes.witnesses_talk()
         crashes.start_agent("DEL", f"del-{following}", following)
-        crashes.check(set(pod.addresses))
+        crashes.check_clean(set(pod.addresses), network)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("crashes", ["auto"], indirect=True)
+def test_killed_during_check(crashes: Crashes) -> None:
+    """An agent that dies of CHECK has changed nothing: the next one finds the pod as it was."""
+    steps = crashes.steps("CHECK", DELEGATED)
+    crashes.start_agent("CHECK", "checked", steps[0])
+    pod = crashes.add("checked", DELEGATED)
+    for following in [*steps[1:], 0]:
+        outcome = crashes.check(pod, DELEGATED)
+        crashes.finish_off()
+        assert (outcome.exit_code, outcome.stdout) == (0, "") or outcome.json()["code"] == 11
+        crashes.start_agent("CHECK", "checked", following)
+        assert crashes.held("checked") == set(pod.addresses) == set(crashes.leased())
+        assert crashes.node.pings(crashes.witnesses[0], pod.addresses[0], count=1)
+    assert crashes.check(pod, DELEGATED).exit_code == 0
+    crashes.delete("checked", DELEGATED)
+    crashes.check_clean(set(pod.addresses), DELEGATED)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("crashes", ["auto"], indirect=True)
+def test_killed_during_gc(crashes: Crashes) -> None:
+    """What a GC was releasing when the agent died is released once it is back, whatever a delegate held of it."""
+    steps = crashes.steps("GC", DELEGATED, Steps(since="fork_exec"))
+    crashes.start_agent("GC", "", steps[0])
+    for step, following in zip(steps, [*steps[1:], 0], strict=True):
+        pod = crashes.add(f"gc-{step}", DELEGATED)
+        outcome = crashes.collect(DELEGATED)
+        crashes.finish_off()
+        assert outcome.exit_code == 0 or outcome.json()["code"] == 11
+        crashes.start_agent("GC", "", following)
+        if crashes.held(pod.container_id):  # died before it had begun with this one
+            crashes.delete(pod.container_id, DELEGATED)
+        crashes.check_clean(set(pod.addresses), DELEGATED)
 
 
 def test_killed_while_settling(node: Machine) -> None:
     """An agent killed at any step of moving programs to their links leaves the pods talking, and its heir finishes."""
     pods = [node.make_pod("settling") for _ in range(6)]
-    plain = node.agent_command
     node.kill_agent()
-    for step in range(1, 11):  # a hook takes five
-        node.agent_command = (*DIE_AT, "SETTLE", "any", str(step))
-        node.start_agent(wait=False)
+    for step in range(1, 7):  # a hook takes five
+        start_doomed(node, "SETTLE", "any", step, wait=False)
         assert node.agent is not None
         assert node.agent.wait(timeout=30) == -signal.SIGKILL, node.log_tail()
         assert all(node.pings(pods[0], address, count=1) for pod in pods[1:] for address in pod.addresses)
-    node.agent_command = plain
     node.start_agent()
     wait_settled(node, *pods)
     assert node.repairs() == {}
@@ -220,7 +349,6 @@ def work_until(stop: threading.Event, runtime: Runtime) -> None:
 def test_killed_under_load(crashes: Crashes) -> None:
     """An agent killed at any moment of eight runtimes' work forgets no pod that ADD promised, and keeps no other."""
     node, clock = crashes.node, random.Random(SEED)
-    node.agent_command = (sys.executable, "-m", "agent")
     node.kill_agent()
     node.start_agent()
     with ExitStack() as stack:
@@ -242,7 +370,7 @@ def test_killed_under_load(crashes: Crashes) -> None:
         for each in runtimes:
             if each.pod:
                 each.turn()
-    crashes.check(set())
+    crashes.check_clean(set())
 
 
 def check_promises(crashes: Crashes, promised: Sequence[TestPod]) -> None:

@@ -29,6 +29,7 @@ CATALOGUE = {
     "podlane_cni_operations": ("counter", {"command", "result"}),
     "podlane_datapath_bytes": ("counter", {"outcome"}),
     "podlane_datapath_packets": ("counter", {"outcome"}),
+    "podlane_gc_released": ("counter", {"reason"}),
     "podlane_ipam_addresses_free": ("gauge", {"range"}),
     "podlane_ipam_addresses_used": ("gauge", {"range"}),
     "podlane_map_fill_ratio": ("gauge", {"map"}),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from agent import netlink
-from agent.state import KernelError
+from agent.state import HostRoute, KernelError
 from tests.node.namespaces import answers, fresh_netns, ip, new_netns, run, sysctl
 from tests.node.wiring import GATEWAYS, MTU, Pod
 
@@ -197,11 +197,15 @@ def test_host_end_is_up_and_ready_to_route(pod: Pod) -> None:
 
 
 def test_second_attachment_leaves_the_first_its_routes(pod: Pod) -> None:
-    """Another interface in the same pod is wired too; the default routes stay with the first."""
+    """Another interface in the same pod is wired too; its default routes stand behind, but for its own addresses."""
     pod.wire()
-    Pod(2, pod.netns, "net1").wire()
-    for family in GATEWAYS:
-        assert [item["dev"] for item in ip(f"-{family} route show default", netns=pod.netns)] == ["eth0"]
+    second = Pod(2, pod.netns, "net1")
+    second.wire()
+    for family, own in zip(GATEWAYS, second.addresses, strict=True):
+        assert [item["dev"] for item in ip(f"-{family} route show default", netns=pod.netns)] == ["eth0", "net1"]
+        for source, device in (("", "eth0"), (f"from {own}", "net1")):
+            far = {4: "192.0.2.1", 6: "2001:db8::1"}[family]
+            assert ip(f"route get {far} {source}", netns=pod.netns)[0]["dev"] == device
     found = [item["local"] for item in ip("address show net1", netns=pod.netns)[0]["addr_info"]]
     assert set(found) == {"10.77.0.2", "fd77::2", "fe80::bb:2"}
 
@@ -244,7 +248,7 @@ def test_refusals_name_operation_object_and_errno(pod: Pod) -> None:
     with pytest.raises(KernelError, match="set up eth0: there is no such device"):
         pod.configure()
     address = IPv4Address("10.77.0.9")
-    failure = netlink.RouteTable().upsert({address: 99999})[address]
+    failure = netlink.RouteTable().upsert({address: HostRoute(99999)})[address]
     assert str(failure).startswith("add route 10.77.0.9 to device 99999: ENODEV")
 
 
@@ -322,7 +326,7 @@ def test_fifty_pods_at_once(make_netns: MakeNetns) -> None:
         indexes = list(threads.map(Pod.wire, pods))
     assert netlink.devices() == {pod.host: number for pod, number in zip(pods, indexes, strict=True)}
     routes = netlink.RouteTable().read()
-    assert routes == {a: number for pod, number in zip(pods, indexes, strict=True) for a in pod.addresses}
+    assert routes == {a: HostRoute(number) for pod, number in zip(pods, indexes, strict=True) for a in pod.addresses}
     run(f"ip address add {NODE4}/32 dev lo")
     run(f"ip address add {NODE6}/128 dev lo")
     with ThreadPoolExecutor(max_workers=4) as threads:

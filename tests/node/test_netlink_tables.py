@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import socket
 import struct
-import threading
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
@@ -16,9 +14,8 @@ from typing import Literal
 import pytest
 
 from agent import netlink
-from agent.netlink import monitor
-from agent.state import Address, Attached, Hook, KernelError, Neighbour, Network
-from tests.node.namespaces import fresh_netns, ip, run
+from agent.state import Address, Attached, Hook, HostRoute, KernelError, Neighbour, Network
+from tests.node.namespaces import ip, run, two_host_ends
 
 pytestmark = pytest.mark.root
 
@@ -30,12 +27,8 @@ MAC, OTHER_MAC = "02:bb:00:00:00:01", "02:bb:00:00:00:02"
 @pytest.fixture
 def host_ends() -> Iterator[tuple[int, int]]:
     """Run the test on a host of its own with two host ends, plone and pltwo, up; yield their indexes."""
-    with fresh_netns():
-        for name in ("plone", "pltwo"):
-            run(f"ip link add {name} type veth peer name {name}peer")
-            run(f"ip link set {name} up alias podlane:{name}")
-            run(f"ip link set {name}peer up")
-        yield socket.if_nametoindex("plone"), socket.if_nametoindex("pltwo")
+    with two_host_ends() as indexes:
+        yield indexes
 
 
 def many(count: int) -> list[Address]:
@@ -51,17 +44,17 @@ class TestRoutes:
         """What is put is read back, moves to another device, and is gone after deletion."""
         one, two = host_ends
         table = netlink.RouteTable()
-        assert table.upsert({FOUR: one, SIX: one}) == {}
-        assert table.read() == {FOUR: one, SIX: one}
-        assert table.upsert({FOUR: two, SIX: two}) == {}
-        assert table.read() == {FOUR: two, SIX: two}
+        assert table.upsert({FOUR: HostRoute(one), SIX: HostRoute(one)}) == {}
+        assert table.read() == {FOUR: HostRoute(one), SIX: HostRoute(one)}
+        assert table.upsert({FOUR: HostRoute(two), SIX: HostRoute(two)}) == {}
+        assert table.read() == {FOUR: HostRoute(two), SIX: HostRoute(two)}
         assert table.delete([FOUR, SIX]) == {}
         assert table.read() == {}
         assert table.delete([FOUR, SIX]) == {}
 
     def test_route_is_as_specified(self, host_ends: tuple[int, int]) -> None:
         """The route is ADDRESS dev DEVICE scope link proto 112, alone for its address."""
-        netlink.RouteTable().upsert({FOUR: host_ends[0], SIX: host_ends[0]})
+        netlink.RouteTable().upsert(dict.fromkeys((FOUR, SIX), HostRoute(host_ends[0])))
         for family, address in ((4, FOUR), (6, SIX)):
             (route,) = ip(f"-{family} route show table main proto 112")
             assert (route["dst"], route["dev"], "gateway" in route) == (str(address), "plone", False)
@@ -73,10 +66,10 @@ class TestRoutes:
         run(f"ip route add {FOUR} dev pltwo proto static")
         run(f"ip -6 route add {SIX} dev pltwo proto static")
         assert table.read() == {}
-        failures = table.upsert({FOUR: host_ends[0], SIX: host_ends[0], FOUR + 1: host_ends[0]})
+        failures = table.upsert(dict.fromkeys((FOUR, SIX, FOUR + 1), HostRoute(host_ends[0])))
         assert failures.keys() == {FOUR, SIX}
         assert str(failures[FOUR]).startswith(f"add route {FOUR} to device {host_ends[0]}: EEXIST")
-        assert table.read() == {FOUR + 1: host_ends[0]}
+        assert table.read() == {FOUR + 1: HostRoute(host_ends[0])}
         assert table.delete([FOUR, SIX]) == {}
         for family in (4, 6):
             assert [route["dev"] for route in ip(f"-{family} route show proto static")] == ["pltwo"]
@@ -84,14 +77,14 @@ class TestRoutes:
     def test_one_failure_does_not_stop_the_others(self, host_ends: tuple[int, int]) -> None:
         """A route to a device that does not exist fails alone, and says so."""
         table = netlink.RouteTable()
-        failures = table.upsert({FOUR: 99999, SIX: host_ends[0]})
+        failures = table.upsert({FOUR: HostRoute(99999), SIX: HostRoute(host_ends[0])})
         assert failures.keys() == {FOUR}
         assert re.match(rf"add route {FOUR} to device 99999: E(NODEV|INVAL)", str(failures[FOUR]))
-        assert table.read() == {SIX: host_ends[0]}
+        assert table.read() == {SIX: HostRoute(host_ends[0])}
 
     def test_a_full_node(self, host_ends: tuple[int, int]) -> None:
         """A thousand routes go in, out and back in calls of one, however many datagrams they take."""
-        table, wanted = netlink.RouteTable(), dict.fromkeys(many(1000), host_ends[0])
+        table, wanted = netlink.RouteTable(), dict.fromkeys(many(1000), HostRoute(host_ends[0]))
         assert table.upsert(wanted) == {}
         assert table.read() == wanted
         assert table.delete(wanted) == {}
@@ -106,7 +99,7 @@ class TestSubnets:
         table = netlink.SubnetTable()
         wanted: dict[Network, Literal["unreachable"]] = dict.fromkeys((FOUR_NET, SIX_NET), "unreachable")
         assert table.upsert(wanted) == {}
-        netlink.RouteTable().upsert({FOUR: host_ends[0], SIX: host_ends[0]})
+        netlink.RouteTable().upsert(dict.fromkeys((FOUR, SIX), HostRoute(host_ends[0])))
         assert table.read() == wanted
         assert netlink.RouteTable().read().keys() == {FOUR, SIX}
         assert table.delete(wanted) == {}
@@ -114,13 +107,26 @@ class TestSubnets:
         assert table.delete(wanted) == {}
 
     @pytest.mark.usefixtures("host_ends")
-    def test_foreign_routes_are_left_alone(self) -> None:
-        """A route of someone else to the same subnet is not replaced (that is a failure) and not deleted."""
-        run(f"ip route add {FOUR_NET} dev pltwo proto static")
-        table = netlink.SubnetTable()
-        assert table.upsert({FOUR_NET: "unreachable"}).keys() == {FOUR_NET}
-        assert table.delete([FOUR_NET]) == {}
-        assert [route["dev"] for route in ip("-4 route show proto static")] == ["pltwo"]
+    @pytest.mark.parametrize("comes_later", [False, True])
+    def test_foreign_routes_come_first(self, comes_later: bool) -> None:
+        """A route of someone else to the same subnet counts, whichever was there first; it is neither read nor deleted.
+
+        So does the one that the kernel makes for an address of the node's.
+        """
+        table, theirs = netlink.SubnetTable(), ("address add 10.77.0.99/24 dev pltwo", "route add fd77::/64 dev pltwo")
+        wanted: dict[Network, Literal["unreachable"]] = dict.fromkeys((FOUR_NET, SIX_NET), "unreachable")
+        if comes_later:
+            assert table.upsert(wanted) == {}
+        for command in theirs:
+            run(f"ip {command}")
+        if not comes_later:
+            assert table.upsert(wanted) == {}
+        assert table.read() == wanted
+        for address in (FOUR, SIX):
+            assert ip(f"route get {address}")[0]["dev"] == "pltwo"
+        assert table.delete(wanted) == {}
+        for address in (FOUR, SIX):
+            assert ip(f"route get {address}")[0]["dev"] == "pltwo"
 
 
 class TestNeighbours:
@@ -233,71 +239,6 @@ class TestClsact:
         assert re.match(r"attach from_pod at ingress of plgone: E(NODEV|INVAL)", reasons["plgone"])
         assert reasons["plone"] == "attach unheard_of at egress of plone: no such program is loaded"
         assert hooks.read() == {}
-
-
-class TestMonitor:
-    """Monitor."""
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            "ip route delete 10.77.0.1",
-            "ip route replace 10.77.0.1 dev pltwo proto 112",
-            "ip -6 route delete fd77::1",
-            "ip neighbour delete 10.77.0.1 dev plone",
-            "ip neighbour replace fd77::1 lladdr 02:bb:00:00:00:09 dev plone nud permanent",
-            "ip link set plone down",
-            "ip link delete plone",
-            "ip link set plonepeer name eth0",
-            "ip address add 192.0.2.1/24 dev plonepeer",
-            "ip -6 address add 2001:db8::1/64 dev plonepeer",
-            "ip route add default dev plonepeer",
-            "ip -6 route add default dev plonepeer",
-        ],
-    )
-    def test_meddling_is_told(self, host_ends: tuple[int, int], change: str) -> None:
-        """Whatever is done to podlane's objects behind its back wakes the loop, and what may change the uplinks."""
-        put_everything(host_ends[0])
-        told = threading.Event()
-        with netlink.Monitor(told.set):
-            run(change)
-            assert told.wait(timeout=30)
-
-    def test_foreign_changes_are_not_told(self, host_ends: tuple[int, int]) -> None:
-        """Routes and neighbours of others wake nobody; the same news about podlane's does."""
-        put_everything(host_ends[0])
-        with monitor._subscribe() as news:
-            run("ip route add 192.0.2.1 dev plone proto static")
-            run("ip neighbour add 192.0.2.1 lladdr 02:cc:00:00:00:01 dev plone nud permanent")
-            assert not monitor._drain(news)
-            run("ip route delete 10.77.0.1")
-            assert monitor._drain(news)
-            assert not monitor._drain(news)
-
-    @pytest.mark.usefixtures("host_ends")
-    def test_lost_news_count_as_a_change(self) -> None:
-        """When more happens than the socket can hold, the loop is told to look for itself."""
-        with monitor._subscribe() as news:
-            news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it the least it allows
-            for number in range(20):
-                run(f"ip route add 192.0.2.{number + 1} dev plone proto static")
-            assert monitor._drain(news)
-
-    @pytest.mark.usefixtures("host_ends")
-    def test_stopping_leaves_nothing(self) -> None:
-        """Leaving the context ends the thread and closes what it used."""
-        before = (threading.active_count(), len(list(Path("/proc/self/fd").iterdir())))
-        for _ in range(20):
-            with netlink.Monitor(lambda: None):
-                pass
-        assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
-
-
-def put_everything(number: int) -> None:
-    """Add podlane's route and neighbour of both families on a device."""
-    assert netlink.RouteTable().upsert({FOUR: number, SIX: number}) == {}
-    neighbours = {Neighbour(address, number): MAC for address in (FOUR, SIX)}
-    assert netlink.NeighbourTable().upsert(neighbours) == {}
 
 
 def load_program() -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from agent import netlink
-from agent.state import Address, Neighbour
+from agent.state import Address, HostRoute, Neighbour
 
 GATEWAYS: dict[int, Address] = {4: IPv4Address("169.254.1.1"), 6: IPv6Address("fe80::1")}
 MTU = 1450
@@ -67,5 +67,5 @@ class Pod:
     def make_reachable(self, number: int) -> None:
         """Give the host, where `number` is the host end, its routes and neighbours for the pod."""
         neighbours = {Neighbour(address, number): self.mac for address in self.addresses}
-        assert netlink.RouteTable().upsert(dict.fromkeys(self.addresses, number)) == {}
+        assert netlink.RouteTable().upsert(dict.fromkeys(self.addresses, HostRoute(number))) == {}
         assert netlink.NeighbourTable().upsert(neighbours) == {}

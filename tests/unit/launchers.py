@@ -20,7 +20,7 @@ import pytest
 from cni import wire
 
 ROOT = Path(__file__).parents[2]
-ATTACHMENT = {"CNI_CONTAINERID": "c1", "CNI_IFNAME": "eth0"}
+ATTACHMENT = {"CNI_CONTAINERID": "c1", "CNI_IFNAME": "eth0", "CNI_PATH": "/opt/cni/bin"}
 REPLY = struct.pack("=II", 0, 12) + b'{"ips":"x"}\n'
 # Codes of the specification (SPEC.md, section Error).
 INVALID_ENVIRONMENT, IO_FAILURE, TRY_AGAIN_LATER, NOT_AVAILABLE = 4, 5, 11, 50

@@ -9,19 +9,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from agent.loop import Loop, Tables
-from agent.plan import Outside, plan
+from agent.plan import Inside, Outside, plan, routed_subnets
 from agent.ranges import Range
 from agent.state import (
     Address,
     Attached,
     Endpoint,
+    Gateway,
     Hook,
+    HostRoute,
     KernelError,
     Lanes,
     Neighbour,
@@ -31,13 +33,13 @@ from agent.state import (
     State,
     Uplink,
 )
-from agent.store import Netns, Phase, Pod, Store
+from agent.store import Netns, Phase, Pod, Store, Subnet
 from cni.call import Attachment
 
 K = TypeVar("K")
 V = TypeVar("V")
 NAMES = tuple(each.name for each in fields(State))
-POD_TABLES = ("endpoints", "hooks", "neighbours", "routes")  # with entries for every pod
+POD_TABLES = ("endpoints", "hooks", "neighbours", "gateways", "routes")  # with entries for every pod
 SECONDS = 30.0  # until a test that waits for something gives up
 
 
@@ -49,10 +51,18 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
     "uplinks": (99, Sources()),
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
-    "routes": (ip_address("192.0.2.1"), 99),
+    "gateways": (Gateway(ip_address("192.0.2.1"), 99), 0),
+    "routes": (ip_address("192.0.2.1"), HostRoute(99)),
     "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
 }
 """One object of each table that belongs to no pod."""
+
+
+SUBNETS = tuple(
+    Subnet(ip_network(network), ip_address(gateway))
+    for network, gateway in (("10.0.0.0/24", "10.0.0.254"), ("fd00::/64", "fd00::ffff"))
+)
+"""Of the pods' addresses, with the node's own in them."""
 
 
 OUTSIDE = Outside(
@@ -109,6 +119,7 @@ class MemoryDevices:
         self.existing: dict[str, int] = {}
         self.down: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.other_ends: dict[int, str] = {}
         self._numbers = itertools.count(10)
         self._journal = journal
 
@@ -139,6 +150,14 @@ class MemoryDevices:
         self._try("lift", pod)
         self.down.discard(pod.device)
 
+    def macs(self) -> dict[int, str]:
+        """Return the MAC addresses that tests have set."""
+        return dict(self.other_ends)
+
+    def introduce(self, pod: Pod) -> None:
+        """Do nothing but to say so."""
+        self._try("introduce", pod)
+
     def _try(self, what: str, pod: Pod) -> None:
         self._journal.append((what, pod.device))
         if pod.device in self.refused:
@@ -161,7 +180,8 @@ class World:
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
             uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
-            routes=MemoryTable[Address, int]("routes", self.journal),
+            gateways=MemoryTable[Gateway, int]("gateways", self.journal),
+            routes=MemoryTable[Address, HostRoute]("routes", self.journal),
             subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
         )
         self.devices = MemoryDevices(self.journal)
@@ -220,6 +240,8 @@ class World:
         mac = "02:" + hashlib.sha256(name.encode()).digest()[:5].hex(":")
         device = f"pl-{name}"
         pod = self.store.reserve(it, device=device, mac=mac, mtu=1500, netns=Netns("/x", "4:1"))
+        self.store.assign(it, (), SUBNETS)
+        pod = replace(pod, subnets=SUBNETS)
         self.devices.create(device)
         if phase is not Phase.RESERVED:
             self.store.activate(it)
@@ -236,6 +258,9 @@ class World:
         for address in pod.addresses:
             self.table("neighbours").objects.pop(Neighbour(address, index), None)
             self.table("routes").objects.pop(address, None)
+        for subnet in pod.subnets:
+            assert subnet.gateway
+            self.table("gateways").objects.pop(Gateway(subnet.gateway, index), None)
         self.sync()
         self.store.remove(pod.attachment)
 
@@ -252,4 +277,6 @@ class World:
     def desired(self) -> State:
         """Return what the tables should hold."""
         pods = self.store.pods()
-        return plan(pods, self.devices.indexes(pods), self.subnets, self.outside)
+        indexes = self.devices.indexes(pods)
+        inside = Inside(routed_subnets(pods, self.outside.node_addresses), self.devices.other_ends)
+        return plan(pods, indexes, self.subnets, self.outside, inside)

@@ -88,7 +88,7 @@ def test_everything_can_be_set(file: Path) -> None:
         ("ranges: [{subnet: 10.0.0.0/8, lats: 10.0.0.1}]", "ranges.0.lats: Extra inputs are not permitted"),
         ("ranges: []", "ranges: give at least one subnet (given: [])"),
         ("ranges: [{}]", "ranges.0.subnet: Field required (given: {})"),
-        ("ranges: 10.0.0.0/24", "ranges: Input should be a valid tuple (given: '10.0.0.0/24')"),
+        ("ranges: 10.0.0.0/24", "ranges: Input should be a valid list (given: '10.0.0.0/24')"),
         (
             "ranges: [{subnet: 10.0.0.1/24}]",
             "ranges.0.subnet: 10.0.0.1/24 has host bits set (given: '10.0.0.1/24')",

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cni import wire
+from cni.versions import VERSIONS
 from tests.unit.launchers import (
     INVALID_ENVIRONMENT,
     IO_FAILURE,
@@ -35,17 +36,17 @@ def test_executable_is_small_and_static(binary: Path) -> None:
 
 @pytest.mark.parametrize("environment", [{}, {"CNI_COMMAND": ""}])
 def test_without_command_it_introduces_itself(host: Host, environment: dict[str, str | bytes]) -> None:
-    """Called by a person it says what it is and which versions it speaks, on stderr, and succeeds."""
+    """P04: called by a person it says what it is and which versions it speaks, on stderr, and succeeds."""
     result = host.run([host.binary], environment, stdin=subprocess.DEVNULL)
     assert (result.returncode, result.stdout) == (0, b"")
     about, versions = result.stderr.decode().splitlines()
     assert about.startswith("podlane")
-    assert versions == "CNI protocol versions supported: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"
+    assert versions == f"CNI protocol versions supported: {', '.join(VERSIONS)}"
 
 
 @pytest.mark.parametrize("stdin", ["closed", "endless"])
 def test_version_needs_neither_agent_nor_stdin(host: Host, stdin: str) -> None:
-    """VERSION is answered without an agent, and without a look at stdin."""
+    """P01 to P03: VERSION is answered without an agent, and without a look at stdin."""
     reader, writer = os.pipe()
     close_stdin = (lambda: os.close(0)) if stdin == "closed" else None
     environment: dict[str, str | bytes] = {"CNI_COMMAND": "VERSION", "PODLANE_TIMEOUT_MS": "rubbish"}
@@ -53,16 +54,31 @@ def test_version_needs_neither_agent_nor_stdin(host: Host, stdin: str) -> None:
     os.close(reader)
     os.close(writer)
     assert (result.returncode, result.stderr) == (0, b"")
-    versions = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
+    assert json.loads(result.stdout) == {"cniVersion": "1.1.0", "supportedVersions": list(VERSIONS)}
+
+
+def test_version_as_libcni_asks(host: Host) -> None:
+    """P01: the probe of libcni, whose variables are dummies, gets the seven versions and nothing else."""
+    dummies = dict.fromkeys(("CNI_NETNS", "CNI_IFNAME", "CNI_PATH"), "dummy")
+    result = host.call("VERSION", b'{"cniVersion":"1.1.0"}', CNI_CONTAINERID="", **dummies)
+    versions = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
     assert json.loads(result.stdout) == {"cniVersion": "1.1.0", "supportedVersions": versions}
+    assert result.stderr == b""
 
 
 @needs_strace
 @pytest.mark.parametrize(
-    ("command", "least", "most"), [("STATUS", 0, 2000), ("DEL", 2000, 10_000), ("ADD", 10_000, 60_000)]
+    ("command", "least", "most"),
+    [
+        ("STATUS", 0, 2000),
+        ("DEL", 2000, 10_000),
+        ("CHECK", 10_000, 20_000),
+        ("GC", 20_000, 25_000),
+        ("ADD", 25_000, 60_000),
+    ],
 )
 def test_default_deadlines(host: Host, command: str, least: int, most: int) -> None:
-    """Each command has its own deadline: the kubelet waits for STATUS every five seconds."""
+    """Each command has its own deadline: the kubelet asks for STATUS every five seconds, CRI-O gives GC thirty."""
     _, trace = host.trace(["-e", "trace=poll"], command)
     timeout = re.search(r", 1, (\d+)\)", trace[0])
     assert timeout
@@ -77,7 +93,7 @@ def test_impossible_deadline_is_refused(host: Host, text: str) -> None:
     assert f"not '{text}'" in document["msg"]
 
 
-@pytest.mark.parametrize("command", ["ADD", "DEL", "STATUS"])
+@pytest.mark.parametrize("command", ["ADD", "CHECK", "DEL", "GC", "STATUS"])
 def test_stdin_that_cannot_be_read(host: Host, command: str) -> None:
     """A configuration that never ends, is too long, or is not there, fails whatever the command is."""
     environment = host.environment(command, PODLANE_TIMEOUT_MS="100")

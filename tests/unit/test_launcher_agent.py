@@ -66,6 +66,21 @@ def test_reply_is_passed_on(host: Host, exit_code: int, stdout: bytes) -> None:
     assert host.spooled() == []
 
 
+@pytest.mark.parametrize("command", ["ADD", "CHECK", "DEL", "GC", "STATUS", "add"])
+def test_every_command_goes_to_the_agent(host: Host, command: str) -> None:
+    """The agent gets each command as it is written; empty output and success stay what they are."""
+    commands = []
+
+    def behave(connection: socket.socket) -> None:
+        commands.append(wire.receive(connection).env["CNI_COMMAND"])
+        wire.reply(connection, wire.Reply(0, b""))
+
+    with listening(host.socket, behave):
+        result = host.call(command)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    assert commands == [command]
+
+
 def test_output_that_cannot_be_written_is_a_failure(host: Host) -> None:
     """A result that the runtime cannot have got is not reported as a success."""
     with listening(host.socket, answering(REPLY)), Path("/dev/full").open("wb") as full:

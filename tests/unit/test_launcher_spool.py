@@ -49,9 +49,12 @@ def test_every_del_has_its_own_spool_file(host: Host) -> None:
     assert [wire.decode(path.read_bytes()).stdin for path in host.spooled()] == [b"first", b"second"]
 
 
-@pytest.mark.parametrize("missing", [["CNI_CONTAINERID"], ["CNI_IFNAME"], ["CNI_CONTAINERID", "CNI_IFNAME"]])
-def test_del_of_nothing_is_not_spooled(host: Host, missing: list[str]) -> None:
-    """A DEL that names no attachment could never be finished: it fails, and names what is missing."""
+@pytest.mark.parametrize(
+    "missing",
+    [["CNI_CONTAINERID"], ["CNI_IFNAME"], ["CNI_PATH"], ["CNI_CONTAINERID", "CNI_IFNAME", "CNI_PATH"]],
+)
+def test_del_that_the_agent_would_refuse_is_not_spooled(host: Host, missing: list[str]) -> None:
+    """P06: a DEL that lacks what every DEL needs could never be finished: it fails, and names what is missing."""
     variables: dict[str, str | bytes] = dict.fromkeys(missing, "")
     document = error(host.call("DEL", b"{}", **variables))
     assert document["code"] == INVALID_ENVIRONMENT

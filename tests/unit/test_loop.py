@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.store import Phase
-from tests.unit.memory import FOREIGN, NAMES, SECONDS, World
+from agent.store import Netns, Phase
+from cni.call import Attachment
+from tests.unit.memory import FOREIGN, NAMES, SECONDS, SUBNETS, World
 
 
 @settings(max_examples=50, deadline=None)
@@ -48,6 +49,7 @@ def test_order(slow: World) -> None:
         done = [what for what in slow.journal if what[0] != "read"]
         assert done == [("upsert", name) for name in NAMES] + [("delete", name) for name in reversed(NAMES)]
     assert NAMES.index("endpoints") < NAMES.index("hooks") < NAMES.index("uplinks") < NAMES.index("neighbours")
+    assert NAMES.index("gateways") < NAMES.index("routes")
     assert max(map(NAMES.index, ("settings", "prefixes", "node_addresses"))) < NAMES.index("hooks")
 
 
@@ -60,7 +62,8 @@ def test_pass_touches_only_what_differs(slow: World) -> None:
         assert slow.journal == []
         slow.store.begin_release(pod.attachment)
         slow.sync()
-        assert slow.journal == [("delete", name) for name in ("routes", "neighbours", "endpoints")]
+        tables = ("routes", "gateways", "neighbours", "node_addresses", "endpoints")
+        assert slow.journal == [("delete", name) for name in tables]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "settings"])  # of which there is one
@@ -212,3 +215,46 @@ def test_settling_waits_until_nobody_does(slow: World) -> None:
             slow.sync()
             assert ("settle", "hooks") not in slow.journal
         slow.wait_until(lambda: slow.journal.count(("settle", "hooks")) == 3)
+
+
+def test_new_mac_address_of_a_pod(world: World) -> None:
+    """What the kernel has as a pod's MAC address counts; with each change the pod is told again where the node is."""
+    pod, other = world.add("a"), world.add("b")
+    with world.running():
+        number = world.devices.existing[pod.device]
+        world.devices.other_ends = {number: "02:00:00:00:00:77", world.devices.existing[other.device]: other.mac}
+        world.wait_until(lambda: world.table("endpoints").objects[pod.addresses[0]].mac == "02:00:00:00:00:77")
+        world.loop.check(pod)
+        assert world.actual() == world.desired()
+        world.devices.other_ends = {}
+        world.full_pass()
+        world.full_pass()
+        told = world.journal.count(("introduce", pod.device))
+        world.full_pass()
+        assert world.journal.count(("introduce", pod.device)) == told
+        assert ("introduce", other.device) not in world.journal
+        assert world.table("endpoints").objects[pod.addresses[0]].mac == pod.mac
+
+
+def test_gateway_that_a_pod_gets(slow: World) -> None:
+    """A pod may get the address that the node has as a gateway: both it and those that had the gateway are in force."""
+    first = slow.add("a")
+    with slow.running():
+        assert slow.actual().gateways
+        taken = Attachment("net", "taker", "eth0")
+        requested = [each.gateway for each in SUBNETS if each.gateway]
+        netns = Netns("/x", "4:1")
+        pod = slow.store.reserve(
+            taken, device="pl-t", mac="02:00:00:00:00:01", mtu=1500, netns=netns, requested=requested
+        )
+        slow.devices.create(pod.device)
+        slow.sync()
+        for each in (first, pod):
+            slow.loop.check(each)
+        assert not slow.actual().gateways
+        assert slow.actual() == slow.desired()
+        slow.devices.existing.pop(pod.device)
+        slow.store.begin_release(taken)
+        slow.sync()
+        assert len(slow.actual().gateways) == 2
+        slow.loop.check(first)

@@ -18,9 +18,9 @@ def errors() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("agent.loop").addHandler(handler)
+    logging.getLogger("agent").addHandler(handler)
     yield messages
-    logging.getLogger("agent.loop").removeHandler(handler)
+    logging.getLogger("agent").removeHandler(handler)
 
 
 @pytest.mark.parametrize("name", POD_TABLES)

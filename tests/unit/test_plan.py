@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.plan import Outside, link_local, plan
+from agent.plan import Inside, Outside, link_local, plan, routed_subnets
 from agent.state import (
     Attached,
     Endpoint,
+    Gateway,
     Hook,
+    HostRoute,
     Lanes,
     Neighbour,
     Network,
@@ -21,7 +23,7 @@ from agent.state import (
     State,
     Uplink,
 )
-from agent.store import Netns, Phase, Pod
+from agent.store import Netns, Phase, Pod, Subnet
 from cni.call import Attachment
 
 MAC = "02:00:5e:10:00:01"
@@ -29,7 +31,13 @@ LINK_LOCAL = ip_address("fe80::5eff:fe10:1")
 V4, V6 = ip_address("10.0.0.1"), ip_address("fd00::1")
 
 
-def pod(*addresses: str, device: str = "pl1", mac: str = MAC, phase: Phase = Phase.ACTIVE) -> Pod:
+def pod(
+    *addresses: str,
+    device: str = "pl1",
+    mac: str = MAC,
+    phase: Phase = Phase.ACTIVE,
+    subnets: tuple[Subnet, ...] = (),
+) -> Pod:
     """Return a pod with these addresses."""
     return Pod(
         attachment=Attachment("net", device, "eth0"),
@@ -40,6 +48,7 @@ def pod(*addresses: str, device: str = "pl1", mac: str = MAC, phase: Phase = Pha
         addresses=tuple(ip_address(address) for address in addresses),
         phase=phase,
         boot_id="boot",
+        subnets=subnets,
     )
 
 
@@ -58,7 +67,7 @@ def test_pod_of_both_families(phase: Phase) -> None:
         endpoints={V4: Endpoint(7, MAC), V6: Endpoint(7, MAC), LINK_LOCAL: Endpoint(7, MAC)},
         hooks=hooks("pl1", 7),
         neighbours={Neighbour(V4, 7): MAC, Neighbour(V6, 7): MAC},
-        routes={V4: 7, V6: 7},
+        routes={V4: HostRoute(7), V6: HostRoute(7)},
     )
 
 
@@ -161,3 +170,62 @@ def test_outside() -> None:
         hooks={Hook("eth0", "ingress"): Attached(2, "from_uplink"), Hook("eth0", "egress"): Attached(2, "to_uplink")},
         uplinks={2: sources},
     )
+
+
+def subnet(network: str, gateway: str = "") -> Subnet:
+    """Return a subnet, with the node's address in it."""
+    return Subnet(ip_network(network), ip_address(gateway) if gateway else None)
+
+
+NET4, NET6 = subnet("10.0.0.0/24", "10.0.0.254"), subnet("fd00::/64", "fd00::fe")
+
+
+def test_gateways() -> None:
+    """The node has a subnet's gateway towards each pod of it, and nobody else, and speaks to them from there."""
+    pods = [
+        pod("10.0.0.1", "fd00::1", subnets=(NET4, NET6)),
+        pod("10.0.0.2", "10.9.0.2", device="pl2", mac="02:00:5e:10:00:02", subnets=(subnet("10.9.0.0/24"), NET4)),
+    ]
+    desired = plan(pods, {"pl1": 7, "pl2": 8}, inside=Inside(routed_subnets(pods, [])))
+    four, six = NET4.gateway, NET6.gateway
+    assert four
+    assert six
+    assert desired.gateways == {Gateway(four, 7): 1, Gateway(six, 7): 1, Gateway(four, 8): 1}
+    assert desired.node_addresses == {four: 1, six: 1}
+    sources = {str(address): route.source for address, route in desired.routes.items()}
+    assert sources == {"10.0.0.1": four, "fd00::1": six, "10.0.0.2": four, "10.9.0.2": None}
+
+
+@pytest.mark.parametrize(
+    ("pods", "node_addresses", "expected"),
+    [
+        ([pod("10.0.0.1", subnets=(NET4, NET6))], [], {NET4, NET6}),
+        ([pod("10.0.0.1", subnets=(subnet("10.0.0.0/24"),))], [], set()),
+        ([pod("10.0.0.1", subnets=(NET4,), phase=Phase.RELEASING)], [], set()),
+        ([pod("10.0.0.1", subnets=(NET4,)), pod("10.0.0.254", device="pl2")], [], set()),
+        ([pod("10.0.0.1", subnets=(NET4,)), pod("10.0.0.254", device="pl2", phase=Phase.RELEASING)], [], {NET4}),
+        ([pod("10.0.0.1", subnets=(NET4,))], ["10.0.0.254"], {NET4}),
+        ([pod("10.0.0.1", subnets=(NET4, NET6))], ["10.0.0.9"], {NET6}),
+        (
+            [pod("10.0.0.1", subnets=(subnet("10.0.0.1/32", "10.0.0.254"),))],
+            ["10.0.0.1"],
+            {subnet("10.0.0.1/32", "10.0.0.254")},
+        ),
+        (
+            [pod("10.0.0.1", subnets=(NET4,)), pod("10.0.0.2", subnets=(subnet("10.0.0.0/24", "10.0.0.99"),))],
+            [],
+            {NET4, subnet("10.0.0.0/24", "10.0.0.99")},
+        ),
+    ],
+)
+def test_routed_subnets(pods: list[Pod], node_addresses: list[str], expected: set[Subnet]) -> None:
+    """The node is a gateway where that is asked for, unless a pod has the address, or the node another one there."""
+    assert routed_subnets(pods, [ip_address(each) for each in node_addresses]) == expected
+
+
+def test_new_mac() -> None:
+    """A MAC address that changed counts, for all but the link-local address, which the pod keeps."""
+    mac = "02:00:5e:10:00:99"
+    desired = plan([pod("10.0.0.1", "fd00::1")], {"pl1": 7}, inside=Inside(macs={7: mac, 8: MAC}))
+    assert desired.endpoints == dict.fromkeys((V4, V6, LINK_LOCAL), Endpoint(7, mac))
+    assert set(desired.neighbours.values()) == {mac}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from agent.ranges import Range, Used, next_free
+from agent.ranges import AddressNotInRange, Pool, Range, Used, match_requests, next_free
 from agent.state import Address
 
 Network = IPv4Network | IPv6Network
@@ -31,6 +31,19 @@ def in_use(addresses: Collection[Address]) -> Used:
     """Return what the store answers when these addresses are given."""
     return lambda first, last: sorted(
         each for each in addresses if each.version == first.version and int(first) <= int(each) <= int(last)
+    )
+
+
+def pool_of(
+    ranges: Sequence[Range], exclude: Sequence[str] = (), reserved: Sequence[str] = (), gateway: str = ""
+) -> Pool:
+    """Return a pool of ranges."""
+    return Pool(
+        name="pool",
+        ranges=tuple(ranges),
+        excluded=tuple(ip_network(each) for each in exclude),
+        reserved=tuple(ip_network(each) for each in reserved),
+        gateways=frozenset({ip_address(gateway)} if gateway else ()),
     )
 
 
@@ -135,6 +148,50 @@ def test_large_range_is_not_searched_through() -> None:
     assert asked == [(it.last, it.last), (it.first, it.last)]
 
 
+def test_large_exclusions_are_not_searched_through() -> None:
+    """What is withheld is passed over as a whole, wherever it begins and ends, and only what is left is asked about."""
+    it = pool_of(
+        [between("fd00::/64", "fd00::5", "fd00::ffff")], exclude=["fd00::/125", "fd00::10/124", "fd00::18/126"]
+    )
+    asked: list[tuple[Address, Address]] = []
+
+    def used(first: Address, last: Address) -> list[Address]:
+        asked.append((first, last))
+        return [first + offset for offset in range(8)] if first == ip_address("fd00::8") else []
+
+    assert next_free(it.ranges, None, used, it.withheld) == ip_address("fd00::20")
+    assert [(str(first), str(last)) for first, last in asked] == [("fd00::8", "fd00::f"), ("fd00::20", "fd00::ffff")]
+
+
+@pytest.mark.parametrize(
+    ("requested", "expected"),
+    [
+        ([], [None, None]),
+        (["fd00::9"], [None, "fd00::9"]),
+        (["fd00::9", "10.0.0.3"], ["10.0.0.3", "fd00::9"]),
+        (["10.0.0.3", "10.0.0.3"], ["10.0.0.3", None]),
+        (["10.0.0.3", "10.0.0.4"], "failed to allocate all requested IPs: 10.0.0.4 "),
+        (["::ffff:10.0.0.3"], "failed to allocate all requested IPs: ::ffff:"),
+        (["10.0.0.1"], "failed to allocate for range 0: requested ip 10.0.0.1 is subnet's gateway"),
+        (["fd00::3"], "failed to allocate for range 1: requested IP address fd00::3 is excluded"),
+    ],
+)
+def test_requests(requested: list[str], expected: list[str | None] | str) -> None:
+    """Each pool takes the first request that is in it, and every request must be taken, once, by one that gives it."""
+    pools = [
+        pool_of([usable("10.0.0.0/29")], gateway="10.0.0.1", reserved=["10.0.0.3"]),
+        pool_of([usable("fd00::/64")], exclude=["fd00::/126"]),
+    ]
+    addresses = [ip_address(each) for each in requested]
+    if isinstance(expected, str):
+        with pytest.raises(AddressNotInRange) as caught:
+            match_requests(pools, addresses)
+        assert str(caught.value).startswith(expected)
+    else:
+        assert [each and str(each) for each in match_requests(pools, addresses)] == expected
+    assert match_requests((), ()) == []
+
+
 @st.composite
 def ring(draw: st.DrawFn) -> list[Range]:
     """Draw one to three ranges of one family, apart from each other, of one to sixteen addresses each."""
@@ -157,6 +214,29 @@ def test_finds_one_if_and_only_if_one_exists(ranges: list[Range], data: st.DataO
     found = next_free(ranges, last_given, in_use(taken))
     free = set(everything) - taken
     assert (found in free) if free else found is None
+
+
+@given(ring(), st.data())
+def test_exclusions(ranges: list[Range], data: st.DataObject) -> None:
+    """The next one is the first behind the last given, of a plain list without what is used or withheld in any form."""
+    everything = members(ranges)
+    some = st.sampled_from(everything)
+    width = everything[0].max_prefixlen
+    prefixes = st.builds(
+        lambda address, length: str(ip_network(f"{address}/{length}", strict=False)),
+        some,
+        st.sampled_from([width, width, width - 1, width - 2]),
+    )
+    exclude, reserved = data.draw(st.lists(prefixes, max_size=3)), data.draw(st.lists(prefixes, max_size=2))
+    it = pool_of(ranges, exclude, reserved, data.draw(st.just("") | some.map(str)))
+    withheld = {each for text in (*exclude, *reserved) for each in ip_network(text)} | it.gateways
+    taken = data.draw(st.sets(some))
+    last = data.draw(st.none() | some)
+    start = everything.index(last) + 1 if last else 0
+    turned = everything[start:] + everything[:start]
+    expected = next((each for each in turned if each not in taken and each not in withheld), None)
+    assert next_free(it.ranges, last, in_use(taken), it.withheld) == expected
+    assert {each for each in everything if it.gives(each)} == set(everything) - withheld
 
 
 class Ring(RuleBasedStateMachine):

@@ -1,0 +1,224 @@
+"""The network configuration of a call: every key that the reference plugins have, as runtimes and their users write it.
+
+Sources: specification 1.1.0 section 1, CONVENTIONS.md, and the configuration structs of plugins:bridge, ptp, portmap
+and bandwidth. Keys that only the runtime reads (`capabilities`, `disableCheck`…) are unknown here, and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field
+
+from cni.document import JsonObject, Many, lookup
+from cni.errors import CniError, Code
+from cni.result import Dns
+from cni.versions import UNNAMED
+
+_MASQUERADE_BACKENDS = ("", "iptables", "nftables")
+_LAST_VLAN = 4094
+_WITHOUT_EFFECT = {
+    "bridge": "there is no bridge",
+    "force_address": "there is no bridge",
+    "hairpin_mode": "a pod always reaches itself",
+    "promisc_mode": "there is no bridge",
+    "ip_masq_backend": "podlane masquerades by itself",
+    "preserve_default_vlan": "there is no bridge, and no VLAN",
+    "macspoofchk": "podlane always checks",
+    "enabledad": "podlane gives no address twice",
+}
+
+
+class GivenDns(JsonObject):
+    """`dns` of the configuration: a list that is empty is given all the same (plugins:bridge, dnsConfSet)."""
+
+    nameservers: Many[str] | None = None
+    domain: str = ""
+    search: Many[str] | None = None
+    options: Many[str] | None = None
+
+    @property
+    def settings(self) -> Dns | None:
+        """What it says, in place of what IPAM says; None if it says nothing."""
+        if not self.domain and self.nameservers is None and self.search is None and self.options is None:
+            return None
+        return Dns(self.nameservers or (), self.domain, self.search or (), self.options or ())
+
+
+class RuntimeDns(JsonObject):
+    """`runtimeConfig.dns`, whose keys are other ones than those of `dns` (CONVENTIONS.md)."""
+
+    servers: Many[str] = ()
+    searches: Many[str] = ()
+    options: Many[str] = ()
+
+
+class PortMapping(JsonObject):
+    """One entry of `runtimeConfig.portMappings`: a port of the host that leads to one of the container."""
+
+    host_port: int = Field(0, ge=0, le=65535)
+    container_port: int = Field(ge=1, le=65535)
+    protocol: str = "tcp"
+    host_ip: str = Field("", alias="hostIP")
+
+
+class Bandwidth(JsonObject):
+    """`runtimeConfig.bandwidth`: rates in bits per second, bursts in bits; 0 is no limit."""
+
+    ingress_rate: int = Field(0, ge=0)
+    ingress_burst: int = Field(0, ge=0)
+    egress_rate: int = Field(0, ge=0)
+    egress_burst: int = Field(0, ge=0)
+
+    @property
+    def limits(self) -> bool:
+        """Whether it limits anything."""
+        return bool(self.ingress_rate or self.egress_rate)
+
+
+class RuntimeConfig(JsonObject):
+    """What the runtime asks for this attachment. containerd writes keys like `HostPort`, the others like `hostPort`."""
+
+    ips: Many[str] = ()
+    mac: str = ""
+    ip_ranges: Many[Many[dict[str, Any]]] = ()
+    dns: RuntimeDns = RuntimeDns()
+    port_mappings: Many[PortMapping] = ()
+    bandwidth: Bandwidth = Bandwidth()
+
+
+class NetArgs(JsonObject):
+    """`args.cni`: what the user asks for this attachment."""
+
+    ips: Many[str] = ()
+    mac: str = ""
+
+
+class Args(JsonObject):
+    """`args`, of which only the part that CONVENTIONS.md describes means something here."""
+
+    cni: NetArgs = NetArgs()
+
+
+class GcAttachment(JsonObject):
+    """One entry of the lists that GC gets."""
+
+    container_id: str = Field(alias="containerID", min_length=1)
+    ifname: str = Field(min_length=1)
+
+
+_GcAttachments = Many[GcAttachment] | None
+
+
+class NetConf(JsonObject):
+    """The keys that podlane or one of the reference plugins reads. `mtu` is in bytes; 0: that of the uplink."""
+
+    null_means: ClassVar[Mapping[str, object]] = {"cni.dev/valid-attachments": (), "cni.dev/attachments": ()}
+
+    cni_version: Annotated[str, AfterValidator(lambda version: version or UNNAMED)] = UNNAMED
+    name: str
+    type: str = ""
+    mtu: int = Field(0, ge=0, le=65535)
+    ipam: dict[str, Any] | None = None
+    prev_result: dict[str, Any] | None = None
+    given_dns: GivenDns = Field(GivenDns(), alias="dns")
+    args: Args = Args()
+    runtime_config: RuntimeConfig = RuntimeConfig()
+    is_default_gateway: bool = False
+    ip_masq: bool | None = None
+    ip_masq_backend: str = ""
+    bridge: str = ""
+    is_gateway: bool = False
+    force_address: bool = False
+    hairpin_mode: bool = False
+    promisc_mode: bool = False
+    vlan: int = 0
+    vlan_trunk: Many[dict[str, Any]] = ()
+    preserve_default_vlan: bool = True
+    port_isolation: bool = False
+    disable_container_interface: bool = False
+    macspoofchk: bool = False
+    enabledad: bool = False
+    given_valid_attachments: _GcAttachments = Field(None, alias="cni.dev/valid-attachments")
+    given_attachments: _GcAttachments = Field(None, alias="cni.dev/attachments")
+
+    @property
+    def ipam_type(self) -> str:
+        """The plugin that gives the addresses; empty if the configuration names none.
+
+        Raises CniError 7 if it is no string.
+        """
+        kind = lookup(self.ipam or {}, "type")
+        if kind is not None and not isinstance(kind, str):
+            raise CniError(Code.INVALID_NETWORK_CONFIG, "ipam.type: Input should be a valid string", repr(kind))
+        return kind or ""
+
+    @property
+    def dns(self) -> Dns | None:
+        """What replaces the DNS settings of IPAM: the runtime's, else the configuration's; None if neither has any."""
+        runtime = self.runtime_config.dns
+        return Dns(runtime.servers, "", runtime.searches, runtime.options) or self.given_dns.settings
+
+    @property
+    def node_is_gateway(self) -> bool:
+        """Whether the node has the address of the subnet's gateway: with bridge if asked for, with ptp always.
+
+        Neither `bridge` nor `isGateway` is a key of ptp's.
+        """
+        asked = self.is_gateway or self.is_default_gateway
+        return asked or not (self.bridge or "is_gateway" in self.model_fields_set)
+
+    @property
+    def valid_attachments(self) -> tuple[tuple[str, str], ...] | None:
+        """Of GC: container id and interface of all attachments that are still valid; None if nobody told.
+
+        libcni sends nothing if the runtime gave it nothing, CRI-O sends null if there are no pods. An attachment is
+        valid if either of the two keys has it.
+        """
+        if self.given_valid_attachments is None and self.given_attachments is None:
+            return None
+        both = (*(self.given_valid_attachments or ()), *(self.given_attachments or ()))
+        return tuple(dict.fromkeys((each.container_id, each.ifname) for each in both))
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """The keys that ask for something which cannot matter here, each with the reason why: for the log."""
+        fields = type(self).model_fields
+        asking = [name for name in _WITHOUT_EFFECT if getattr(self, name) != fields[name].default]
+        return {fields[name].alias or name: _WITHOUT_EFFECT[name] for name in asking}
+
+    def check_served(self) -> None:
+        """Refuse by name what would otherwise silently not happen.
+
+        For ADD, and for STATUS, which speaks of ADD; DEL and CHECK come to what ADD has made. Raises CniError 7 for
+        what the reference plugins refuse, too, and 2 for what podlane does not have.
+        """
+        self._check_values()
+        runtime = self.runtime_config
+        refused = {
+            "vlan": self.vlan,
+            "vlanTrunk": self.vlan_trunk,
+            "portIsolation": self.port_isolation,
+            "disableContainerInterface": self.disable_container_interface,
+            "runtimeConfig.portMappings": [each.model_dump(by_alias=True) for each in runtime.port_mappings],
+            "runtimeConfig.bandwidth": runtime.bandwidth.limits and runtime.bandwidth.model_dump(by_alias=True),
+        }
+        for key, value in refused.items():
+            if value:
+                raise CniError(
+                    Code.UNSUPPORTED_FIELD, f'unsupported field "{key}": {json.dumps(value)}; podlane does not have it'
+                )
+
+    def _check_values(self) -> None:
+        """Refuse, in the words of plugins:bridge, what has no meaning anywhere."""
+        faults = {
+            f"invalid VLAN ID {self.vlan} (must be between 0 and {_LAST_VLAN})": not 0 <= self.vlan <= _LAST_VLAN,
+            f"unknown ipmasq backend {json.dumps(self.ip_masq_backend)}": self.ip_masq_backend
+            not in _MASQUERADE_BACKENDS,
+            "cannot set hairpin mode and promiscuous mode at the same time": self.hairpin_mode and self.promisc_mode,
+        }
+        for message, wrong in faults.items():
+            if wrong:
+                raise CniError(Code.INVALID_NETWORK_CONFIG, message)
