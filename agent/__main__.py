@@ -11,6 +11,7 @@ import threading
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from agent.config import Config, ConfigError, load
 from agent.lifecycle import StartError, run
@@ -25,8 +26,7 @@ def main() -> None:
     try:
         config = load(arguments.config) if arguments.config else Config()
     except ConfigError as error:
-        print(f"podlane-agent: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     set_up(config.log_level)
     stop = threading.Event()
 
@@ -37,12 +37,19 @@ def main() -> None:
     signal.signal(signal.SIGINT, on_signal)
     try:
         run(config, _version(), stop)
+    except ConfigError as error:  # in the file of ip-masq-agent's that the configuration names
+        _refuse(error)
     except StartError as error:
         log.error("cannot start error=%r", str(error))
         sys.exit(1)
     logging.shutdown()
     # Threads that still serve a launcher are cut off here, as by a crash, which the store is made for.
     os._exit(0)
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    print(f"podlane-agent: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _parse_arguments() -> argparse.Namespace:

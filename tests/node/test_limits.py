@@ -55,7 +55,7 @@ def busiest(node: Machine, address: str, port: int, protocol: str) -> float:
 def test_connections_exhaust_the_ports(node: Machine, pod: TestPod, family: int) -> None:
     """When the ports to a destination run out only new connections there fail, until old ones have ended.
 
-    cilium#33074, #23604: it is seen in a counter and in the metrics of that destination.
+    cilium#33074, #23604, #20955: it is seen in a counter and in the metrics of that destination.
     """
     before = node.packets()
     with (
