@@ -20,7 +20,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.netlink.netns import in_netns
-from tests.support import bpffs
+from tests.support import bpffs, warm_cache
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +127,7 @@ class Machine:
         self.bpffs = stack.enter_context(bpffs(directory / "bpf")) / "podlane"
         for name in ("conf", "bin", "state"):
             (directory / name).mkdir()
+        warm_cache(directory / "state" / "cache")
         self.config = directory / "agent.yaml"
         self.configure(**config)
         self.world = self.netns  # until there is an uplink
