@@ -15,45 +15,52 @@ setup: ## Install what everything here needs (Debian packages, Python environmen
 	@deploy/setup.sh test
 
 .PHONY: build
-build: $(LAUNCHER) ## Build the launcher, the one executable that is not Python
+build: ## Build the launcher, the one executable that is not Python
+	@deploy/setup.sh run
+	@$(MAKE) --no-print-directory --silent $(LAUNCHER)
 
 # Static, since the hosts of a CNI plugin have no particular C library; musl keeps it small and fast to start.
 $(LAUNCHER): cni/launcher.c $(wildcard cni/*.h)
 	@mkdir -p $(@D)
 	musl-gcc -std=c11 -static -Os -s -Wall -Wextra -Werror -o $@ $<
 
+# One after the other, also with -j.
+.PHONY: ready
+ready: setup
+	@$(MAKE) --no-print-directory $(LAUNCHER)
+
 .PHONY: demo
 demo: ## Wire real pods in a real containerd and show what happens (cleans up after itself)
 	@deploy/setup.sh demo
-	@$(MAKE) --no-print-directory --silent build
+	@$(MAKE) --no-print-directory --silent $(LAUNCHER)
 	@$(PYTHON) -m tests.e2e.demo
 
 .PHONY: test
-test: setup build ## Run every test, all four layers
+test: ready ## Run every test, all four layers
 	$(PYTEST)
 
 .PHONY: test-unit
-test-unit: setup build ## Run the tests that need no root
+test-unit: ready ## Run the tests that need no root
 	$(PYTEST) tests/unit
 
 .PHONY: test-packet
-test-packet: setup build ## Run the BPF programs on single packets (BPF_PROG_TEST_RUN)
+test-packet: ready ## Run the BPF programs on single packets (BPF_PROG_TEST_RUN)
 	$(PYTEST) tests/packet
 
 .PHONY: soak
 soak: export PODLANE_SOAK_STEPS ?= 3000000
 soak: export PODLANE_FUZZ_PACKETS ?= 20000000
 soak: export PODLANE_MUTATIONS ?= 1000000
-soak: setup build ## Run the random tests for an hour (PODLANE_SOAK_STEPS, PODLANE_FUZZ_PACKETS, PODLANE_MUTATIONS)
+soak: ready ## Run the random tests for an hour (PODLANE_SOAK_STEPS, PODLANE_FUZZ_PACKETS, PODLANE_MUTATIONS)
 	$(PYTEST) tests/packet/test_nat_model.py tests/packet/test_fuzz.py tests/packet/test_fuzz_uplink.py \
 		tests/unit/test_mutations.py tests/node/test_mutations.py
 
 .PHONY: test-node
-test-node: setup build ## Run agent and launcher in network namespaces
+test-node: ready ## Run agent and launcher in network namespaces
 	$(PYTEST) tests/node
 
 .PHONY: test-e2e
-test-e2e: setup build ## Run pods in containerd
+test-e2e: ready ## Run pods in containerd
 	$(PYTEST) tests/e2e
 
 .PHONY: lint
@@ -65,7 +72,7 @@ lint: setup ## Check style, types, layering and C formatting
 	clang-format --dry-run --Werror bpf/*.[ch] cni/*.[ch]
 
 .PHONY: bench
-bench: setup build ## Measure against the reference plugins, interleaved; prints ratios
+bench: ready ## Measure against the reference plugins, interleaved; prints ratios
 	$(PYTHON) -m tests.bench
 
 .PHONY: clean
@@ -74,9 +81,9 @@ clean: ## Remove everything that was built here
 
 .PHONY: install
 install: ## Install the agent on this node, to run from this folder (see README.md)
-	@deploy/setup.sh run
 	@$(MAKE) --no-print-directory build
 	install -D -m 755 $(LAUNCHER) /usr/lib/podlane/podlane
 	[ -e /etc/podlane/agent.yaml ] || install -D -m 644 deploy/agent.yaml /etc/podlane/agent.yaml
 	sed 's|@ROOT@|$(CURDIR)|' deploy/podlane-agent.service > /etc/systemd/system/podlane-agent.service
+	[ ! -d /run/systemd/system ] || systemctl daemon-reload
 	@echo "Now set this node's ranges in /etc/podlane/agent.yaml, then: systemctl enable --now podlane-agent"

@@ -12,6 +12,7 @@ from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from agent.config import Config, ConfigError, load
 from agent.import_host_local import ImportRefused, import_directory
@@ -28,8 +29,7 @@ def main() -> None:
     try:
         config = load(arguments.config) if arguments.config else Config()
     except ConfigError as error:
-        print(f"podlane-agent: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     if arguments.command == "import":
         _import(config, arguments)
     else:
@@ -47,6 +47,8 @@ def _run(config: Config) -> None:
     signal.signal(signal.SIGINT, on_signal)
     try:
         run(config, _version(), stop)
+    except ConfigError as error:  # in the file of ip-masq-agent's that the configuration names
+        _refuse(error)
     except StartError as error:
         log.error("cannot start error=%r", str(error))
         sys.exit(1)
@@ -64,6 +66,11 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
     except (ImportRefused, StoreError, OSError) as error:
         print(f"podlane-agent: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    print(f"podlane-agent: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _parse_arguments() -> argparse.Namespace:

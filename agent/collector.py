@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Any
 
@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 _REST = 0.004  # seconds between batches, in which others get the interpreter: a pod that waits for its ADD
 _RETRY = 5.0  # seconds after a scan that failed
-_ORPHANS_EVERY = 4  # scans: looking for what must not exist costs more than all the rest
+# Scans. To look for owners that must not exist takes a system call for each: it costs more than all the rest.
+_OWNERS_EVERY, _ORPHANS_EVERY = 4, 16
+_CROWDED = 0.5  # of the owners' map: above it each scan looks, for the node's own traffic makes such owners as well
 _NOEXIST = 1  # BPF_NOEXIST
 # Above the first number of destinations, all but the busiest are forgotten. Those that matter have thousands of flows.
 _DESTINATIONS, _KEPT_DESTINATIONS = 20_000, 2_000
@@ -39,14 +41,14 @@ Destination = tuple[bytes, int, int]
 
 @dataclass(frozen=True)
 class Census:
-    """What the last scan found. Fill ratios are 0 to 1, of maps; destinations are those with the most ports in use."""
+    """What the last scan left. Fill ratios are 0 to 1, of maps; destinations are those with the most ports in use."""
 
-    flows: Mapping[int, int] = field(default_factory=dict)
+    flows: Mapping[int, int]
     """By protocol number."""
-    fill: Mapping[str, float] = field(default_factory=dict)
-    """By map."""
-    destinations: Mapping[tuple[Address, int, int], int] = field(default_factory=dict)
-    """By address, port (0 for ICMP) and protocol number."""
+    fill: Mapping[str, float]
+    """By map. Of `owners`, what was found when they were last counted."""
+    destinations: Mapping[tuple[Address, int, int], int]
+    """By address, port (0 where the protocol has none there) and protocol number."""
 
 
 class Collector:
@@ -80,10 +82,12 @@ class Collector:
         self._refused = refused
         self._clock = clock
         self._suspects: set[bytes] = set()
-        self._scans = 0
+        self._fill: dict[str, float] = {}
+        self._scans = _OWNERS_EVERY  # so that the first one, while the agent starts, does no search
         self.collected = {"flow": 0, "orphan": 0}
         """Entries collected so far: whole flows, and owners that had lost theirs."""
-        self.census = Census()
+        self.census: Census | None = None
+        """None until the first scan has seen all flows."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
@@ -103,14 +107,20 @@ class Collector:
         for keys, values in self._batches(self._flows):
             flows.update(protocol for (protocol,) in self._protocol.iter_unpack(keys))
             destinations.update(self._destination.iter_unpack(keys))
+            collected = self._collect_expired(keys, values)
+            flows.subtract(protocol for (protocol,) in self._protocol.iter_unpack(collected))
+            destinations.subtract(self._destination.iter_unpack(collected))
             if len(destinations) > _DESTINATIONS:
                 destinations = Counter(dict(destinations.most_common(_KEPT_DESTINATIONS)))
-            self._collect_expired(keys, values)
-        fill = {**self.census.fill, "flows": flows.total() / self._flows.spec.max_entries}
-        if self._scans % _ORPHANS_EVERY == 0:
-            fill["owners"] = self._scan_owners() / self._owners.spec.max_entries
+        self._take_census(flows, destinations)
+        if self._scans % _OWNERS_EVERY == 0 or self._is_crowded():
+            self._fill["owners"] = self._scan_owners() / self._owners.spec.max_entries
+            self._take_census(flows, destinations)
         self._scans += 1
-        self.census = Census(dict(flows), fill, _busiest(destinations))
+
+    def _take_census(self, flows: Counter[int], destinations: Counter[Destination]) -> None:
+        self._fill["flows"] = flows.total() / self._flows.spec.max_entries
+        self.census = Census(dict(+flows), dict(self._fill), _busiest(+destinations))
 
     def _run(self) -> None:
         trouble = ""
@@ -132,8 +142,12 @@ class Collector:
             pass
 
     def _pressure(self) -> float:
-        ports = max(self.census.destinations.values(), default=0) / self._ports
-        return max(ports, *self.census.fill.values(), 0.0)
+        destinations = self.census.destinations if self.census else {}
+        ports = max(destinations.values(), default=0) / self._ports
+        return max(ports, *self._fill.values(), 0.0)
+
+    def _is_crowded(self) -> bool:
+        return self._fill.get("owners", 0.0) > _CROWDED
 
     def _batches(self, entries: Map) -> Iterator[tuple[bytes, bytes]]:
         for batch in entries.batches():
@@ -141,7 +155,8 @@ class Collector:
             if self._stop.wait(_REST):
                 return
 
-    def _collect_expired(self, keys: bytes, values: bytes) -> None:
+    def _collect_expired(self, keys: bytes, values: bytes) -> bytes:
+        """Delete what is over; return the keys of that."""
         now = self._clock()
         rows = zip(self._protocol.iter_unpack(keys), self._age.iter_unpack(values), strict=True)
         expired = [
@@ -149,31 +164,42 @@ class Collector:
             for number, ((protocol,), (state, seen)) in enumerate(rows)
             if now - seen > self._lifetimes[protocol][state] and seen  # 0: it is just being made
         ]
+        collected = []
         for number in expired:
             key = _row(keys, number, self._flows.spec.key_size)
             value = _row(values, number, self._flows.spec.value_size)
             if self._flows.get_bytes(key) == value and self._flows.delete_bytes(key):
                 self._delete_owner(self.answer(key, value), key)
                 self.collected["flow"] += 1
+                collected.append(key)
+        return b"".join(collected)
 
     def _scan_owners(self) -> int:
-        """Collect the owners without a flow that the last time were so already; return how many owners there are."""
-        suspects: set[bytes] = set()
-        total = 0
+        """Count the owners, and now and then collect those without a flow; return how many there are."""
+        before, total, suspects = self.collected["orphan"], 0, set()
+        searches = self._scans % _ORPHANS_EVERY == 0 or self._is_crowded()
         for keys, values in self._batches(self._owners):
-            rows = zip(self._tuple.iter_unpack(keys), self._owner.iter_unpack(values), strict=True)
-            for number, (answer, owner) in enumerate(rows):
-                total += 1
-                flow = self._tuple.pack(*_question(answer, owner))
-                if self._flows.contains_bytes(flow):
-                    continue
-                key = _row(keys, number, self._owners.spec.key_size)
-                if key not in self._suspects:
-                    suspects.add(key)
-                elif self._delete_owner(key, flow):
-                    self.collected["orphan"] += 1
-        self._suspects = suspects
-        return total
+            total += len(keys) // self._owners.spec.key_size
+            if searches:
+                suspects |= self._collect_orphans(keys, values)
+        if searches:
+            self._suspects = suspects
+        return total - (self.collected["orphan"] - before)
+
+    def _collect_orphans(self, keys: bytes, values: bytes) -> set[bytes]:
+        """Delete the owners without a flow that the last time were so already; return those that now are."""
+        suspects = set()
+        rows = zip(self._tuple.iter_unpack(keys), self._owner.iter_unpack(values), strict=True)
+        for number, (answer, owner) in enumerate(rows):
+            flow = self._tuple.pack(*_question(answer, owner))
+            if self._flows.contains_bytes(flow):
+                continue
+            key = _row(keys, number, self._owners.spec.key_size)
+            if key not in self._suspects:
+                suspects.add(key)
+            elif self._delete_owner(key, flow):
+                self.collected["orphan"] += 1
+        return suspects
 
     def _delete_owner(self, key: bytes, flow_key: bytes) -> bool:
         """Delete the half that holds the port, unless the other half is there again; return whether it is gone."""

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from agent.ranges import Range
-from agent.state import Network
+from agent.state import Network, OtherProtocols
 from cni.document import explain
 
 IPV6_MIN_MTU = 1280  # bytes
@@ -108,9 +108,9 @@ class Masquerade(_Model):
     """Highest one. The range limits the flows to one destination address, port and protocol; the agent reserves it in
     net.ipv4.ip_local_reserved_ports, so that the node itself picks from the rest."""
     max_flows: Annotated[int, Field(strict=True, ge=0, le=1 << 24)] = 0
-    """Flows at a time; each takes 320 bytes of kernel memory, which count as the agent's. Default 0: one for every
-    32 KB of the node's memory, rounded down to a power of two, from 65,536 to 1,048,576: at most 1 % of it, with 2 GB
-    or more. A change forgets all flows."""
+    """Flows at a time. Each takes 264 bytes of kernel memory, and 92 to 114 more in maps whose sizes follow this one;
+    they count as the agent's. Default 0: one for every 32 KB of the node's memory, rounded down to a power of two, from
+    65,536 to 1,048,576: at most 1.2 % of it, with 2 GB or more. A change forgets all flows."""
     tcp_open: _Seconds = 240
     """Seconds until a TCP flow that nobody has answered may be forgotten. Default: the least that RFC 5382 REQ-5
     allows."""
@@ -123,6 +123,16 @@ class Masquerade(_Model):
     """Seconds without a packet after which a UDP flow may be forgotten. Default: what RFC 4787 REQ-5 recommends."""
     icmp: _Seconds = 60
     """Seconds after the last echo until it may be forgotten. Default: the least that RFC 5508 REQ-2 allows."""
+    other_protocols: OtherProtocols = "masquerade"
+    """What becomes of pods' packets to the world that are neither TCP, UDP nor ICMP. "masquerade": SCTP, GRE, ESP,
+    IPIP, IPv6-in-IP and L2TP pass for the node's, with the pod's own ports; of those without ports (all but SCTP), one
+    pod at a time can talk to one remote address. What cannot be masqueraded is dropped. "stack": they go through the
+    host stack and leave as its own rules (iptables, nftables) have made them; without such rules, under the pod's
+    address. "drop": none leaves. Default: what needs no rules of anybody's."""
+    other: _Seconds = 600
+    """Seconds without a packet after which a flow of another protocol than TCP, UDP and ICMP may be forgotten. Default:
+    that of Linux's conntrack for protocols that it does not know (nf_conntrack_generic_timeout), far longer than SCTP's
+    30 seconds between heartbeats (RFC 9260 section 16)."""
     stack_routes: bool = False
     """Send everything that leaves the node through the host stack, for hosts whose firewall must see it. Default: past
     it, which is faster."""

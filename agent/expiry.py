@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent.state import Settings
 
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58  # of the IP header
+SCTP, GRE, ESP, IPIP, IPV6_IN_IP, L2TP = 132, 47, 50, 4, 41, 115
 
-PROTOCOLS = {TCP: "tcp", UDP: "udp", ICMP: "icmp", ICMPV6: "icmpv6"}
-"""What can be masqueraded, by protocol number."""
+PROTOCOLS = {
+    TCP: "tcp",
+    UDP: "udp",
+    ICMP: "icmp",
+    ICMPV6: "icmpv6",
+    SCTP: "sctp",
+    GRE: "gre",
+    ESP: "esp",
+    IPIP: "ipip",
+    IPV6_IN_IP: "ipv6",
+    L2TP: "l2tp",
+}
+"""What can be masqueraded (bpf/transport.h): names as in /etc/protocols, by protocol number."""
 
 _NANOSECONDS = 1_000_000_000
-_STATES = 256  # a flow's state is one byte
+_BYTE = 256  # so many values have protocols, and states of a flow
 
 # Seconds between scans: unhurried (half of the shortest time-outs), and the least.
 _CALM, _HURRIED = 30.0, 1.0
@@ -35,20 +47,24 @@ def lifetime(protocol: int, state: int, settings: Settings, bits: FlowStates) ->
     """Return how many seconds a flow lives after its last packet."""
     if protocol == UDP:
         return settings.udp
-    if protocol != TCP:
+    if protocol in (ICMP, ICMPV6):
         return settings.icmp
+    if protocol != TCP:
+        return settings.other
     both_fins = bits.fin_out | bits.fin_in
     if state & bits.reset or state & both_fins == both_fins:
         return settings.tcp_closed
     return settings.tcp_established if state & bits.replied else settings.tcp_open
 
 
-def lifetimes(settings: Settings, bits: FlowStates) -> Mapping[int, tuple[int, ...]]:
-    """Return all lifetimes in nanoseconds: by protocol, then by state."""
-    return {
-        protocol: tuple(lifetime(protocol, state, settings, bits) * _NANOSECONDS for state in range(_STATES))
-        for protocol in PROTOCOLS
+def lifetimes(settings: Settings, bits: FlowStates) -> Sequence[Sequence[int]]:
+    """Return all lifetimes in nanoseconds: by protocol, of whatever number, then by state."""
+    rows = {
+        protocol: [lifetime(protocol, state, settings, bits) * _NANOSECONDS for state in range(_BYTE)]
+        for protocol in (TCP, UDP, ICMP, ICMPV6)
     }
+    others = [settings.other * _NANOSECONDS] * _BYTE
+    return [rows.get(protocol, others) for protocol in range(_BYTE)]
 
 
 def pauses(pressure: float, cpu_seconds: float) -> tuple[float, float]:

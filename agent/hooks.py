@@ -5,8 +5,10 @@ packet some 0.4 µs less than a clsact filter. But to make one the kernel waits 
 include/net/tcx.h, tcx_entry_sync), 10 ms and more with the rtnl lock held, which would be most of an ADD. A clsact
 filter is in force within a millisecond. So ADD uses the filter, and the loop moves it when nobody waits.
 
-No ADD waits for uplinks, and they carry traffic: there the first filter would cost packets, since to make or remove a
-clsact qdisc the kernel stops the device for up to 10 ms (net/sched/sch_api.c: qdisc_graft calls dev_deactivate).
+To make or remove a clsact qdisc the kernel stops the device for up to 10 ms (net/sched/sch_api.c: qdisc_graft calls
+dev_deactivate), and what the host stack sends there meanwhile is lost. So a pod's device, which carries nothing before
+its first filter, keeps the qdisc when its filters have moved. Uplinks carry traffic, and no ADD waits for them: they
+get links at once.
 """
 
 from __future__ import annotations

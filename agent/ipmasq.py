@@ -72,12 +72,10 @@ class RulesFile:
     def __init__(self, path: Path) -> None:
         """Read it for the first time. Raises ConfigError if it is there and cannot be used."""
         self._path = path
-        self._text = ""
+        self._text = ""  # as good as a file that sets nothing
         self._trouble = ""
         self._rules = Rules()
-        self.current()
-        if self._trouble:
-            raise ConfigError(self._trouble)
+        self._look()
 
     def current(self) -> Rules:
         """Return the rules now in force: those of the file, or while that cannot be used, the last ones that could.
@@ -85,25 +83,26 @@ class RulesFile:
         What is wrong with it is logged once.
         """
         try:
-            text = self._path.read_text()
-        except FileNotFoundError:
-            text = ""  # as good as a file that sets nothing
-        except (OSError, UnicodeDecodeError) as error:
-            self._tell(f"cannot read {self._path}: {error}")
-            return self._rules
-        if text == self._text:
+            self._look()
             self._trouble = ""
-        else:
-            self._take(text)
+        except ConfigError as error:
+            self._tell(str(error))
         return self._rules
 
-    def _take(self, text: str) -> None:
+    def _look(self) -> None:
+        try:
+            text = self._path.read_text()
+        except FileNotFoundError:
+            text = ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {self._path}: {error}") from error
+        if text == self._text:
+            return
         try:
             self._rules = parse(text)
         except ConfigError as error:
-            self._tell(f"{self._path}: {error}")
-            return
-        self._text, self._trouble = text, ""
+            raise ConfigError(f"{self._path}: {error}") from error
+        self._text = text
         log.info("not masqueraded file=%s prefixes=%s", self._path, ",".join(map(str, self._rules.non_masquerade)))
 
     def _tell(self, trouble: str) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from agent import masquerade, netlink, supply
 from agent.collector import Collector
-from agent.config import Config, ConfigError, Paths
+from agent.config import Config, Paths
 from agent.datapath import cache, entries, loader, tables
 from agent.datapath.source import CompileError
 from agent.gc import SelfGc
@@ -26,7 +27,7 @@ from agent.node import Node, Readiness
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
 from agent.spool import Spool
-from agent.state import KernelError
+from agent.state import KernelError, OtherProtocols
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
 from agent.wiring import Wiring
@@ -47,15 +48,19 @@ class StartError(Exception):
 
 
 def run(config: Config, version: str, stop: threading.Event) -> None:
-    """Run an agent until `stop` is set. Pods and what carries their packets stay as they are. Raises StartError."""
+    """Run an agent until `stop` is set. Pods and what carries their packets stay as they are.
+
+    Raises ConfigError, before anything is touched, and StartError.
+    """
+    surroundings = Surroundings(config)
     metrics, readiness = Metrics(version), Readiness()
     metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:
         try:
             _lock_state(config.paths.state, cleanup)
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
-            spool, scratch, gc = _start(config, metrics, readiness, cleanup)
-        except (ConfigError, KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
+            spool, scratch, gc = _start(config, surroundings, metrics, readiness, cleanup)
+        except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             raise StartError(str(error)) from error
         while not stop.is_set():
             spool.drain()
@@ -101,7 +106,7 @@ def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup
 
 
 def _start(
-    config: Config, metrics: Metrics, readiness: Readiness, cleanup: ExitStack
+    config: Config, surroundings: Surroundings, metrics: Metrics, readiness: Readiness, cleanup: ExitStack
 ) -> tuple[Spool, ScratchPod, SelfGc]:
     """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
     netlink.enable_forwarding()
@@ -110,11 +115,12 @@ def _start(
     store = open_store(config)
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
-    wiring, surroundings = Wiring(), Surroundings(config)
+    wiring = Wiring()
     loop = _make_loop(config, datapath, store, wiring, surroundings, metrics)
     readiness.trouble = loop.trouble
     node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
     _reserve_ports(config)
+    _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
     _delete_strays(store, metrics)
     with _timed("attach", metrics):
@@ -122,7 +128,6 @@ def _start(
         cleanup.callback(loop.stop)
         loop.sync(_FIRST_PASS_SECONDS)
     datapath.prune()
-    _collect_flows(config, datapath, surroundings, metrics, cleanup)
     cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
@@ -166,9 +171,10 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
 def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     maps, constants = datapath.maps, datapath.constants
     lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
         endpoints=entries.EndpointTable(maps["endpoints"]),
-        settings=entries.SettingsTable(maps["settings"]),
+        settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
         prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
         node_addresses=entries.AddressTable(maps["node_addresses"]),
         hooks=hooks,
@@ -196,7 +202,9 @@ def _collect_flows(
         constants=datapath.constants,
         refused=lambda: sum(tables.outcomes(datapath)[name].packets for name in _REFUSALS),
     )
-    metrics.watch_masquerade(collector, lambda: surroundings.known.uplinks)
+    metrics.watch_masquerade(
+        collector, masqueraded=lambda: tables.masqueraded(datapath), uplinks=lambda: surroundings.known.uplinks
+    )
     collector.start()
     cleanup.callback(collector.stop)
 

@@ -16,6 +16,7 @@ _V4_MAPPED = IPv6Network("::ffff:0:0/96")
 _BYTES_PER_FLOW = 32 * 1024  # of the node's memory
 _FLOWS = (1 << 16, 1 << 20)
 _LEAST_NOTES = 1 << 12
+_LEAST_INBOUND = 1 << 14
 _FRAGMENTS = 1 << 13  # datagrams under way at a time
 _UPLINKS = 1 << 8
 _NODE_ADDRESSES = 1 << 14  # services have theirs on the node where kube-proxy uses IPVS
@@ -32,6 +33,8 @@ def settings(masquerade: Masquerade) -> Settings:
         tcp_closed=masquerade.tcp_closed,
         udp=masquerade.udp,
         icmp=masquerade.icmp,
+        other=masquerade.other,
+        other_protocols=masquerade.other_protocols,
         stack_routes=masquerade.stack_routes,
     )
 
@@ -83,12 +86,16 @@ def map_sizes(masquerade: Masquerade, memory: int) -> dict[str, int]:
     """Return the numbers of entries of the datapath's maps, for a node of so much memory, in bytes."""
     flows = flow_limit(masquerade, memory)
     # The least-recently-used maps keep what matters only while it is in use; but they give up too much when tiny.
-    notes = max(flows // 4, _LEAST_NOTES)
     return {
         "flows": flows,
         "owners": flows,
-        "inbound": notes,
-        "stack_flows": notes,
+        # One for every 64 KB of memory: more open connections than the servers behind them have room for. Whose note is
+        # lost is cut off when the pod speaks next.
+        "conversations": max(flows // 2, _LEAST_NOTES),
+        # A note is needed from an outsider's packet to the pod's answer. With the least of them, a pod has 100 ms for
+        # that in a flood of 160,000 packets a second. Larger nodes need more, since each CPU holds 128 free ones.
+        "inbound": max(flows // 16, _LEAST_INBOUND),
+        "stack_flows": max(flows // 4, _LEAST_NOTES),
         "fragments": _FRAGMENTS,
         "uplinks": _UPLINKS,
         "node_addresses": _NODE_ADDRESSES,

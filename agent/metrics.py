@@ -6,7 +6,7 @@ import platform
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -21,7 +21,9 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from agent.collector import Census
 from agent.collector import Collector as FlowCollector
+from agent.datapath.tables import Masqueraded
 from agent.expiry import PROTOCOLS
 from agent.gc import Reason
 from agent.node import Readiness
@@ -117,9 +119,11 @@ class Metrics:
         """Read these at every scrape, rather than keep copies of them."""
         self.registry.register(_Scraped(outcomes, usage, pods))
 
-    def watch_masquerade(self, flows: FlowCollector, uplinks: Callable[[], Mapping[str, Uplink]]) -> None:
-        """Likewise; of flows, what the last scan found."""
-        self.registry.register(_Masqueraded(flows, uplinks))
+    def watch_masquerade(
+        self, flows: FlowCollector, masqueraded: Callable[[], Masqueraded], uplinks: Callable[[], Mapping[str, Uplink]]
+    ) -> None:
+        """Likewise; of flows, what the last scan left."""
+        self.registry.register(_Masquerade(flows, masqueraded, uplinks))
 
 
 class _Scraped(Collector):
@@ -156,31 +160,61 @@ class _Scraped(Collector):
         yield from (used, free)
 
 
-class _Masqueraded(Collector):
-    def __init__(self, flows: FlowCollector, uplinks: Callable[[], Mapping[str, Uplink]]) -> None:
+class _Masquerade(Collector):
+    def __init__(
+        self, flows: FlowCollector, masqueraded: Callable[[], Masqueraded], uplinks: Callable[[], Mapping[str, Uplink]]
+    ) -> None:
         self._flows = flows
+        self._masqueraded = masqueraded
         self._uplinks = uplinks
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        census = self._flows.census
-        flows = GaugeMetricFamily(
-            "podlane_masquerade_flows", "Masqueraded flows, as of the last scan.", labels=["protocol"]
-        )
-        for protocol, name in PROTOCOLS.items():
-            flows.add_metric([name], census.flows.get(protocol, 0))
-        fill = GaugeMetricFamily(
-            "podlane_map_fill_ratio", "How full a map is, of 1: at 1, new flows fail.", labels=["map"]
-        )
-        for name, ratio in census.fill.items():
-            fill.add_metric([name], ratio)
         collected = CounterMetricFamily(
             "podlane_masquerade_collected", "Expired flows, and halves of flows, that were removed.", labels=["kind"]
         )
         for kind, count in self._flows.collected.items():
             collected.add_metric([kind], count)
+        yield from (collected, *self._traffic(), *self._census(), self._uplink_info())
+
+    def _traffic(self) -> Iterator[Metric]:
+        labels = ["direction", "protocol"]
+        packets = CounterMetricFamily(
+            "podlane_masqueraded_packets", "Packets of masqueraded flows, out of the node and in.", labels=labels
+        )
+        size = CounterMetricFamily(
+            "podlane_masqueraded_bytes", "Bytes of masqueraded flows, with Ethernet headers.", labels=labels
+        )
+        counted = self._masqueraded()
+        for (protocol, direction), (packet_count, byte_count) in counted.flows.items():
+            packets.add_metric([direction, protocol], packet_count)
+            size.add_metric([direction, protocol], byte_count)
+        yield from (packets, size)
+        yield CounterMetricFamily(
+            "podlane_masquerade_allocations", "New flows that got a port.", value=counted.allocations
+        )
+        yield CounterMetricFamily(
+            "podlane_masquerade_retries", "Ports tried for new flows beyond the first: they were taken.",
+            value=counted.retries,
+        )  # fmt: skip
+
+    def _census(self) -> Iterator[Metric]:
+        """Yield what the last scan left: before the first one, metrics without any series."""
+        last = self._flows.census
+        census = last or Census(flows={}, fill={}, destinations={})
+        flows = GaugeMetricFamily(
+            "podlane_masquerade_flows", "Masqueraded flows, as of the last scan.", labels=["protocol"]
+        )
+        known = dict.fromkeys(PROTOCOLS, 0) if last else {}
+        for protocol, count in (known | dict(census.flows)).items():
+            flows.add_metric([_protocol(protocol)], count)
+        fill = GaugeMetricFamily(
+            "podlane_map_fill_ratio", "How full a map is, of 1: at 1, new flows fail.", labels=["map"]
+        )
+        for name, ratio in census.fill.items():
+            fill.add_metric([name], ratio)
         destinations = GaugeMetricFamily(
             "podlane_masquerade_destination_ports",
             "Ports in use to the ten busiest destinations: when all are, new flows there fail.",
@@ -188,8 +222,8 @@ class _Masqueraded(Collector):
         )
         for (address, port, protocol), ports in census.destinations.items():
             host = f"[{address}]" if address.version == 6 else str(address)
-            destinations.add_metric([f"{host}:{port}/{PROTOCOLS[protocol]}"], ports)
-        yield from (flows, fill, collected, destinations, self._uplink_info())
+            destinations.add_metric([f"{host}:{port}/{_protocol(protocol)}"], ports)
+        yield from (flows, fill, destinations)
 
     def _uplink_info(self) -> Metric:
         info = GaugeMetricFamily(
@@ -200,8 +234,17 @@ class _Masqueraded(Collector):
         return info
 
 
+def _protocol(number: int) -> str:
+    return PROTOCOLS.get(number, str(number))
+
+
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # not HTTPServer's: that asks DNS for this host's name, which may take for ever
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
 
 
 class _IPv6Server(_ThreadingServer):

@@ -15,6 +15,7 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 Direction = Literal["ingress", "egress"]
 Program = Literal["from_pod", "to_pod", "from_uplink", "to_uplink"]
+OtherProtocols = Literal["masquerade", "stack", "drop"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -107,6 +108,8 @@ class Settings:
     tcp_closed: int
     udp: int
     icmp: int
+    other: int
+    other_protocols: OtherProtocols | str
     stack_routes: bool
 
 

@@ -31,3 +31,41 @@ static int drop(struct __sk_buff *skb, __u64 outcome)
     count(skb, outcome);
     return TC_ACT_SHOT;
 }
+
+/* `members` is the offset of four counters in struct masqueraded: of TCP, UDP, ICMP and the others, by the flow. */
+static void count_masqueraded(struct __sk_buff *skb, __u8 protocol, __u64 members)
+{
+    __u32 zero = 0;
+    struct masqueraded *all = masqueraded.lookup(&zero);
+    struct counter *counter;
+
+    if (!all)
+        return;
+    counter = (void *)all + members;
+    switch (protocol) {
+    case IPPROTO_TCP:
+        break;
+    case IPPROTO_UDP:
+        counter += 1;
+        break;
+    case IPPROTO_ICMP:
+    case IPPROTO_ICMPV6:
+        counter += 2;
+        break;
+    default:
+        counter += 3;
+    }
+    counter->packets++;
+    counter->bytes += skb->len;
+}
+
+static void count_allocation(__u32 retries)
+{
+    __u32 zero = 0;
+    struct masqueraded *all = masqueraded.lookup(&zero);
+
+    if (!all)
+        return;
+    all->allocations++;
+    all->retries += retries;
+}

@@ -100,24 +100,18 @@ int to_pod(struct __sk_buff *skb)
     return punt(skb, OUTCOME(fwd_from_stack));
 }
 
-/* What a pod sends out of the node. `fast`: past the host stack. */
-static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct endpoint *pod, bool fast)
+/* What a pod sends out of the node. `known` is what `identify` said; `fast`: it did not come through the stack. */
+static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct transport *transport, bool known,
+                          bool fast)
 {
-    struct transport transport = {};
-    bool known = identify(skb, packet, &transport);
-
-    if (known) {
-        remember_ports(&transport);
-        if (!fast)
-            keep_in_stack(&transport, pod);
-        if (is_reply(packet, &transport))
-            return punt(skb, OUTCOME(fwd_reply));
-    }
-    if (is_native(packet))
+    if (known && is_reply(packet, transport))
+        return punt(skb, OUTCOME(fwd_reply));
+    __u32 rule = rule_for(packet, transport);
+    if (is_native(packet) || (rule == OTHER_STACK && !fast))
         return punt(skb, OUTCOME(fwd_native));
-    if (known)
-        return masquerade(skb, packet, &transport);
-    if (transport.part == PART_LATER)
+    if (known && rule == OTHER_MASQUERADE)
+        return masquerade(skb, packet, transport);
+    if (transport->part == PART_LATER && rule == OTHER_MASQUERADE)
         return drop(skb, OUTCOME(drop_masq_fragment));
     return drop(skb, OUTCOME(drop_masq_unsupported));
 }
@@ -126,6 +120,7 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct e
 int to_uplink(struct __sk_buff *skb)
 {
     struct packet packet = {};
+    struct transport transport = {};
     bool fast = skb->mark == FAST_MARK;
 
     if (skb->cb[0] == SEEN)
@@ -135,13 +130,20 @@ int to_uplink(struct __sk_buff *skb)
         skb->mark = 0;
     if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
         return punt(skb, OUTCOME(fwd_host_out));
+    bool known = identify(skb, &packet, &transport);
     struct endpoint *pod = endpoints.lookup(&packet.source);
-    if (pod)
-        return leave_from_pod(skb, &packet, pod, fast);
-
-    struct transport transport = {};
-    if (node_addresses.lookup(&packet.source) && identify(skb, &packet, &transport))
+    if (pod) {
+        if (known)
+            remember_ports(&transport);
+        if (known && !fast)
+            keep_in_stack(&transport, pod);
+        return leave_from_pod(skb, &packet, &transport, known, fast);
+    }
+    if (known && node_addresses.lookup(&packet.source)) {
+        if (transport.quoted && masquerade_error(skb, &packet, &transport))
+            return masqueraded_out(skb, &transport);
         reclaim_port(&transport);
+    }
     return punt(skb, OUTCOME(fwd_host_out));
 }
 

@@ -83,16 +83,17 @@ static bool identify_fragment(struct __sk_buff *skb, const struct packet *packet
 
     if (!payload)
         return false;
-    transport->unchecked = transport->part == PART_LATER;
-    if (transport->unchecked)
+    if (transport->part == PART_LATER && !is_portless(transport->tuple.protocol)) {
+        transport->unchecked = 1;
         return recall_ports(transport);
+    }
     return parse_ports(skb, packet, transport, payload) && transport->complete;
 }
 
 /* Keeps a first fragment's ports for the others. */
 static void remember_ports(const struct transport *transport)
 {
-    if (transport->part != PART_FIRST)
+    if (transport->part != PART_FIRST || is_portless(transport->tuple.protocol))
         return;
     struct fragment key = fragment_key(transport);
     struct ports ports = {transport->tuple.source_port, transport->tuple.destination_port};

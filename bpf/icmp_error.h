@@ -25,7 +25,7 @@ static bool is_error(struct __sk_buff *skb, const struct packet *packet)
 {
     __u8 type;
 
-    if (packet->protocol != (packet->is_ipv6 ? IPPROTO_ICMP6 : IPPROTO_ICMP) ||
+    if (packet->protocol != (packet->is_ipv6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) ||
         bpf_skb_load_bytes(skb, packet->header_end, &type, sizeof(type)) < 0)
         return false;
     if (packet->is_ipv6)
@@ -68,11 +68,12 @@ static bool identify_error(struct __sk_buff *skb, const struct packet *packet, s
     transport->quoted = packet->header_end + ICMP_HEADER;
     __u32 payload = packet->is_ipv6 ? parse_quoted_ipv6(skb, transport, transport->quoted)
                                     : parse_quoted_ipv4(skb, transport, transport->quoted);
-    bool has_ports = payload && transport->part != PART_LATER && parse_ports(skb, packet, transport, payload);
+    bool hides_ports = transport->part == PART_LATER && !is_portless(transport->tuple.protocol);
+    bool has_flow = payload && !hides_ports && parse_ports(skb, packet, transport, payload);
     /* These would be of the error itself. */
     transport->part = PART_WHOLE;
     transport->tcp_flags = 0;
-    if (!has_ports)
+    if (!has_flow)
         return false;
     transport->tuple = reversed(&transport->tuple);
     __u32 source_port = transport->port_offset[0];
@@ -119,7 +120,10 @@ static int rewrite_quoted_checksum(struct __sk_buff *skb, const struct packet *p
     return rewrite_quoted(skb, packet, transport->checksum_offset, old, new);
 }
 
-/* Changes one side of the flow that an error belongs to: outside that side, and inside, where it is the other one. */
+/*
+ * Changes one side of the flow that an error belongs to: inside, where it is the other side, and outside, unless a
+ * router in between has sent the error.
+ */
 static int rewrite_error(struct __sk_buff *skb, struct packet *packet, struct transport *transport, enum side side,
                          struct addr *address, __be16 port)
 {
@@ -130,12 +134,16 @@ static int rewrite_error(struct __sk_buff *skb, struct packet *packet, struct tr
                                 .covers_addresses = packet->is_ipv6};
     __s64 difference = bpf_csum_diff(old->word, sizeof(*old), address->word, sizeof(*address), 0);
     enum side quoted_side = side == SIDE_SOURCE ? SIDE_DESTINATION : SIDE_SOURCE;
+    int failed = 0;
 
-    if (!port_offset)
+    if (!port_offset && !is_portless(transport->tuple.protocol))
         return -EINVAL;
-    int failed = rewrite_address(skb, &outside, packet->is_ipv6, side, old, address)
-                     ?: rewrite_quoted_address(skb, packet, transport->quoted, quoted_side, address, difference)
-                            ?: rewrite_quoted(skb, packet, port_offset, old_port, port);
+    if (same_address(side == SIDE_SOURCE ? &packet->source : &packet->destination, old))
+        failed = rewrite_address(skb, &outside, packet->is_ipv6, side, old, address);
+    if (!failed)
+        failed = rewrite_quoted_address(skb, packet, transport->quoted, quoted_side, address, difference);
+    if (!failed && port_offset)
+        failed = rewrite_quoted(skb, packet, port_offset, old_port, port);
     if (failed)
         return failed;
     __s64 change = (__u16)~old_port + port + (transport->covers_addresses ? difference : 0);

@@ -11,9 +11,10 @@
 
 #define SECOND_NS 1000000000ull
 
-static bool opens_connection(const struct transport *transport)
+/* What neither begins a flow nor refuses one. */
+static bool carries_on(const struct transport *transport)
 {
-    return (transport->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+    return !transport->quoted && !(transport->tcp_flags & TCP_RST) && !opens_connection(transport);
 }
 
 /*
@@ -25,21 +26,63 @@ static bool is_stale(__u64 age, __u8 protocol)
     __u32 zero = 0;
     struct settings *limits = settings.lookup(&zero);
 
-    if (protocol == IPPROTO_TCP || !limits)
+    if (!limits)
         return false;
-    return age > SECOND_NS * (protocol == IPPROTO_UDP ? limits->udp : limits->icmp);
+    switch (protocol) {
+    case IPPROTO_TCP:
+        return false;
+    case IPPROTO_UDP:
+        return age > SECOND_NS * limits->udp;
+    case IPPROTO_ICMP:
+    case IPPROTO_ICMPV6:
+        return age > SECOND_NS * limits->icmp;
+    default:
+        return age > SECOND_NS * limits->other;
+    }
+}
+
+static void renew(__u64 *seen, __u64 now)
+{
+    if (now - *seen > RENEW_NS)
+        *seen = now;
 }
 
 /* Notes that an outsider has sent this: to a pod's own address, in a flow that the pod has not opened itself. */
 static void note_inbound(const struct transport *transport)
 {
     struct tuple answer = reversed(&transport->tuple);
-    __u64 now = bpf_ktime_get_coarse_ns(), *seen = inbound.lookup(&answer);
+    __u64 now = bpf_ktime_get_coarse_ns(), *known = conversations.lookup(&answer);
 
-    if (seen && now - *seen > RENEW_NS)
-        *seen = now;
-    if (!seen && !transport->quoted && !flows.lookup(&answer))
-        inbound.update(&answer, &now);
+    if (known) {
+        renew(known, now);
+        return;
+    }
+    struct note *note = inbound.lookup(&answer);
+    if (note && note->answered && carries_on(transport)) {
+        conversations.update(&answer, &now);
+        inbound.delete(&answer);
+    } else if (note) {
+        renew(&note->seen, now);
+    } else if (!transport->quoted && !flows.lookup(&answer)) {
+        struct note first = {.seen = now};
+        inbound.update(&answer, &first);
+    }
+}
+
+/* When the outsider, or the pod in answer, last sent something in this flow of a pod's; 0 if no outsider did. */
+static __u64 *last_inbound(struct transport *transport)
+{
+    __u64 *seen = conversations.lookup(&transport->tuple);
+    struct note *note;
+
+    if (seen)
+        return seen;
+    note = inbound.lookup(&transport->tuple);
+    if (!note)
+        return 0;
+    if (!note->answered && carries_on(transport))
+        note->answered = 1;
+    return &note->seen;
 }
 
 /*
@@ -47,25 +90,21 @@ static void note_inbound(const struct transport *transport)
  * or forged note must never let a masqueraded flow out under the pod's own address. Nor is it an answer if this is an
  * error about another pod's flow.
  */
-static bool is_reply(const struct packet *packet, const struct transport *transport)
+static bool is_reply(const struct packet *packet, struct transport *transport)
 {
-    struct tuple key = transport->tuple;
-    __u64 now = bpf_ktime_get_coarse_ns(), *seen = inbound.lookup(&key);
+    struct tuple *key = &transport->tuple;
+    __u64 now = bpf_ktime_get_coarse_ns(), *seen = last_inbound(transport);
 
-    if (!seen || opens_connection(transport) || flows.lookup(&key) || !same_address(&key.source, &packet->source))
+    if (!seen || opens_connection(transport) || flows.lookup(key) || !same_address(&key->source, &packet->source) ||
+        is_stale(now - *seen, key->protocol))
         return false;
-    __u64 age = now - *seen;
-    if (is_stale(age, key.protocol))
-        return false;
-    if (age > RENEW_NS)
-        *seen = now;
+    renew(seen, now);
     return true;
 }
 
 /* The pod has opened that flow itself: a note would outlive it, and let what comes after it out as it is. */
-static void forget_inbound(const struct tuple *tuple)
+static void forget_inbound(struct tuple *tuple)
 {
-    struct tuple key = *tuple;
-
-    inbound.delete(&key);
+    inbound.delete(tuple);
+    conversations.delete(tuple);
 }

@@ -7,6 +7,7 @@
 #include "maps.h"
 #include "parse.h"
 #include "stack.h"
+#include "transport.h"
 
 /* bcc declares this helper with three arguments. */
 static int (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *params, int size,
@@ -57,17 +58,24 @@ static int send_out(struct __sk_buff *skb, struct packet *packet, struct bpf_fib
     return redirect_neigh(route->ifindex, &next, sizeof(next), 0);
 }
 
-/* For a destination that is no local pod. What the fast path cannot take, the stack takes by the same routes. */
-static int leave(struct __sk_buff *skb, struct packet *packet)
+/* Does the configuration, or the lack of one, send this through the host stack? */
+static bool belongs_to_stack(const struct packet *packet)
 {
-    struct bpf_fib_lookup route = {};
     struct prefix prefix = {.length = 128, .address = packet->destination};
     __u32 zero = 0;
     struct settings *options = settings.lookup(&zero);
     __u8 *kind = prefixes.lookup(&prefix);
 
-    if (!options || !options->last_port || options->stack_routes || (kind && *kind & PREFIX_STACK) ||
-        node_addresses.lookup(&packet->destination))
+    return !options || !options->last_port || options->stack_routes || (kind && *kind & PREFIX_STACK) ||
+           (options->other_protocols == OTHER_STACK && is_other(packet->protocol, packet->is_ipv6));
+}
+
+/* For a destination that is no local pod. What the fast path cannot take, the stack takes by the same routes. */
+static int leave(struct __sk_buff *skb, struct packet *packet)
+{
+    struct bpf_fib_lookup route = {};
+
+    if (belongs_to_stack(packet) || node_addresses.lookup(&packet->destination))
         return punt(skb, OUTCOME(punt_host));
     int found = find_route(skb, packet, &route);
     if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED)

@@ -67,6 +67,13 @@ struct ports {
     __be16 destination;
 };
 
+/* An outsider's first packets to a pod's own address. Times are bpf_ktime_get_coarse_ns. */
+struct note {
+    __u64 seen;
+    __u8 answered; /* the pod has sent something back */
+    __u8 reserved[7];
+};
+
 /* A device that leads out, and whom its packets pass for where the kernel cannot say (before Linux 6.7). */
 struct uplink {
     struct addr ipv4;
@@ -85,8 +92,15 @@ struct settings {
     __u32 tcp_closed;      /* after RST, or FIN from both sides */
     __u32 udp;             /* RFC 4787 REQ-5 */
     __u32 icmp;            /* RFC 5508 REQ-2 */
+    __u32 other;           /* of other protocols */
+    __u32 other_protocols; /* OTHER_* */
     __u32 stack_routes;    /* 1: what leaves the node goes through the host stack */
 };
+
+/* What becomes of pods' packets to the world that are neither TCP, UDP nor ICMP. */
+#define OTHER_DROP       0
+#define OTHER_MASQUERADE 1 /* those that can be; see transport.h */
+#define OTHER_STACK      2 /* left to the host stack, and not changed after it */
 
 /* A prefix for the longest-prefix-match maps; IPv4 lengths count the 96 bits of the mapping. */
 struct prefix {
@@ -144,11 +158,28 @@ struct outcomes {
     struct counter drop_vlan;
 };
 
+/* What masquerading has done, beside its outcomes: by the protocol of the flow, and how hard ports were to find. */
+struct masqueraded {
+    struct counter tcp_out;
+    struct counter udp_out;
+    struct counter icmp_out;
+    struct counter other_out;
+    struct counter tcp_in;
+    struct counter udp_in;
+    struct counter icmp_in;
+    struct counter other_in;
+    __u64 allocations; /* flows that got a port */
+    __u64 retries;     /* probes of ports beyond the first of each */
+};
+
 /* The addresses of the local pods. Written by the agent, read by every program. */
 BPF_TABLE("hash", struct addr, struct endpoint, endpoints, 1);
 
 /* One entry: the counters of this CPU. */
 BPF_TABLE("percpu_array", __u32, struct outcomes, outcomes, 1);
+
+/* Likewise. */
+BPF_TABLE("percpu_array", __u32, struct masqueraded, masqueraded, 1);
 
 /* The devices that lead out, by interface index. Written by the agent. */
 BPF_TABLE("hash", __u32, struct uplink, uplinks, 1);
@@ -172,10 +203,12 @@ BPF_TABLE("hash", struct tuple, struct owner, owners, 1);
 BPF_TABLE("lru_hash", struct fragment, struct ports, fragments, 1);
 
 /*
- * Flows that outsiders opened to a pod's own address, by the tuple of the pod's answers: those are not masqueraded. The
- * value is when one was last seen: bpf_ktime_get_coarse_ns.
+ * Flows that outsiders opened to a pod's own address, by the tuple of the pod's answers: those are not masqueraded.
+ * What was answered and went on after it has a map of its own, so that a flood of first packets evicts none. The value
+ * there is when one was last seen.
  */
-BPF_TABLE("lru_hash", struct tuple, __u64, inbound, 1);
+BPF_TABLE("lru_hash", struct tuple, struct note, inbound, 1);
+BPF_TABLE("lru_hash", struct tuple, __u64, conversations, 1);
 
 /*
  * Packets that must take the host stack, because earlier ones of their flow did: the kernel's conntrack may have

@@ -71,26 +71,25 @@ static bool choose_address(struct __sk_buff *skb, const struct packet *packet, s
 }
 
 /* Makes both halves of a flow for a packet of the pod's. Returns 0, or the drop outcome. */
-static __u64 open_flow(struct __sk_buff *skb, const struct packet *packet, const struct tuple *tuple)
+static __u64 open_flow(struct __sk_buff *skb, const struct packet *packet, struct tuple *tuple)
 {
     __u32 zero = 0;
     struct settings *limits = settings.lookup(&zero);
     struct flow flow = {.checked = this_tick()};
-    struct tuple key = *tuple;
 
     if (!limits || !choose_address(skb, packet, &flow.address))
         return OUTCOME(drop_masq_no_address);
     int failed = allocate_port(skb, tuple, &flow, limits);
     if (failed)
         return failed == -EEXIST ? OUTCOME(drop_masq_exhausted) : OUTCOME(drop_masq_full);
-    failed = flows.insert(&key, &flow);
+    failed = flows.insert(tuple, &flow);
     if (!failed) {
-        forget_inbound(&key);
+        forget_inbound(tuple);
         return 0;
     }
 
     /* Another CPU was faster with the same flow, or the map is full: give the port back, unless it is that CPU's. */
-    struct flow *other = flows.lookup(&key);
+    struct flow *other = flows.lookup(tuple);
     if (!other || other->port != flow.port)
         release_port(tuple, &flow);
     return failed == -EEXIST ? 0 : OUTCOME(drop_masq_full);
@@ -112,59 +111,70 @@ static bool still_holds(struct __sk_buff *skb, const struct packet *packet, cons
 /* An echo reply, of which a later fragment shows no more than the ports, opens nothing. */
 static bool can_open(const struct transport *transport)
 {
-    return transport->port_offset[0] || (transport->part == PART_LATER && transport->tuple.source_port);
+    return transport->port_offset[0] || is_portless(transport->tuple.protocol) ||
+           (transport->part == PART_LATER && transport->tuple.source_port);
 }
 
 /* Sees to it that a pod's packet has a flow, with both halves. Returns 0, or the drop outcome. */
-static __u64 ensure_flow(struct __sk_buff *skb, const struct packet *packet, const struct transport *transport)
+static __u64 ensure_flow(struct __sk_buff *skb, const struct packet *packet, struct transport *transport)
 {
-    struct tuple key = transport->tuple;
-    struct flow *flow = flows.lookup(&key);
+    struct tuple *key = &transport->tuple;
+    struct flow *flow = flows.lookup(key);
     __u32 tick = this_tick();
 
     if (flow && flow->checked == tick)
         return 0;
-    if (flow && still_holds(skb, packet, &key, flow)) {
+    if (flow && still_holds(skb, packet, key, flow)) {
         flow->checked = tick;
         return 0;
     }
     if (flow) {
         struct flow lost = *flow;
-        flows.delete(&key);
-        release_port(&key, &lost);
+        flows.delete(key);
+        release_port(key, &lost);
     }
-    return can_open(transport) ? open_flow(skb, packet, &key) : OUTCOME(drop_masq_unsupported);
+    return can_open(transport) ? open_flow(skb, packet, key) : OUTCOME(drop_masq_unsupported);
 }
 
-/* Lets an error that a pod sends, about a packet of a masqueraded flow's, pass for the node's. It opens no flow. */
-static int masquerade_error(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
+static int masqueraded_out(struct __sk_buff *skb, const struct transport *transport)
+{
+    count_masqueraded(skb, transport->tuple.protocol, __builtin_offsetof(struct masqueraded, tcp_out));
+    return punt(skb, OUTCOME(masq_out));
+}
+
+/*
+ * Lets an error about a packet of a masqueraded flow's pass for the node's: one that the pod sends, or the node itself
+ * when it could not give the packet to the pod. It opens no flow. False if it is about anything else.
+ */
+static bool masquerade_error(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
 {
     struct flow *flow = flows.lookup(&transport->tuple);
 
-    if (!flow || !same_address(&transport->tuple.source, &packet->source))
-        return drop(skb, OUTCOME(drop_masq_unsupported));
+    if (!flow)
+        return false;
     struct addr address = flow->address;
-    if (rewrite_error(skb, packet, transport, SIDE_SOURCE, &address, flow->port))
-        return drop(skb, OUTCOME(drop_masq_unsupported));
-    return punt(skb, OUTCOME(masq_out));
+    return rewrite_error(skb, packet, transport, SIDE_SOURCE, &address, flow->port) == 0;
 }
 
 /* Lets a packet of a pod's pass for the node's. */
 static int masquerade(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
 {
     if (transport->quoted)
-        return masquerade_error(skb, packet, transport);
+        return same_address(&transport->tuple.source, &packet->source) && masquerade_error(skb, packet, transport)
+                   ? masqueraded_out(skb, transport)
+                   : drop(skb, OUTCOME(drop_masq_unsupported));
     __u64 refused = ensure_flow(skb, packet, transport);
     if (refused)
         return drop(skb, refused);
     struct flow *flow = flows.lookup(&transport->tuple);
     if (!flow) /* somebody deletes by hand */
         return drop(skb, OUTCOME(drop_masq_full));
+    struct addr address = flow->address; /* read once: when the entry is deleted, another flow may get its memory */
+    __be16 port = flow->port;
     follow(flow, transport, true);
-    struct addr address = flow->address;
-    if (rewrite_source(skb, packet, transport, &address, flow->port))
+    if (rewrite_source(skb, packet, transport, &address, port))
         return drop(skb, OUTCOME(drop_masq_unsupported));
-    return punt(skb, OUTCOME(masq_out));
+    return masqueraded_out(skb, transport);
 }
 
 /* Notes that an answer came to the flow of that key; puts the pod's half back if it was lost. */
@@ -207,7 +217,20 @@ static bool unmasquerade(struct __sk_buff *skb, struct packet *packet, struct tr
     }
     packet->destination = transport->tuple.destination = pod;
     transport->tuple.destination_port = port;
+    count_masqueraded(skb, transport->tuple.protocol, __builtin_offsetof(struct masqueraded, tcp_in));
     return true;
+}
+
+/* OTHER_*: what the configuration says of the flow's protocol. */
+static __u32 rule_for(const struct packet *packet, const struct transport *transport)
+{
+    __u32 zero = 0;
+    struct settings *options;
+
+    if (!is_other(transport->tuple.protocol, packet->is_ipv6))
+        return OTHER_MASQUERADE;
+    options = settings.lookup(&zero);
+    return options ? options->other_protocols : OTHER_DROP;
 }
 
 /* Does masquerading not apply to this destination? */

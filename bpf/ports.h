@@ -2,6 +2,7 @@
 /* The ports of the node's that masqueraded flows have: who creates the entry in `owners` has the port. */
 #pragma once
 
+#include "counters.h"
 #include "maps.h"
 #include "transport.h"
 
@@ -76,19 +77,26 @@ static bool is_in_range(__be16 port, const struct settings *limits)
     return number >= limits->first_port && number <= limits->last_port;
 }
 
+/* A port of SCTP's cannot change: that takes a new CRC32c over the whole packet, which is too much for the verifier. */
+static bool keeps_port(__u8 protocol)
+{
+    return is_portless(protocol) || protocol == IPPROTO_SCTP;
+}
+
 /* Finds a free port, the pod's own for choice; 0, -EEXIST if none was found, or another error if the map is full. */
 static int allocate_port(struct __sk_buff *skb, const struct tuple *tuple, struct flow *flow, struct settings *limits)
 {
     __u32 range = limits->last_port - limits->first_port + 1;
-    int failed = -EEXIST;
+    bool keeps = keeps_port(tuple->protocol), own = keeps || is_in_range(tuple->source_port, limits);
+    int failed = own ? take_port(skb, tuple, flow, tuple->source_port) : -EEXIST, probe = 0;
 
-    if (is_in_range(tuple->source_port, limits))
-        failed = take_port(skb, tuple, flow, tuple->source_port);
-    for (int probe = 0; probe < PORT_PROBES && failed == -EEXIST; probe++) {
+    for (; !keeps && probe < PORT_PROBES && failed == -EEXIST; probe++) {
         /* Multiply and shift: uniform over the range without a division. */
         __u32 port = limits->first_port + (__u32)(((__u64)bpf_get_prandom_u32() * range) >> 32);
         failed = take_port(skb, tuple, flow, bpf_htons(port));
     }
+    if (!failed)
+        count_allocation(own ? probe : probe - 1);
     return failed;
 }
 
@@ -118,8 +126,8 @@ static void end_flow(const struct tuple *sent, const struct owner *owner)
 
 /*
  * What the node itself sends is the node's: a pod that has the port for that destination loses it, and takes another.
- * Sockets are seen when a port is taken (is_host_port); this is for those that come later, for what the kernel's own
- * NAT sends, and for echo requests, which have no sockets to be seen: those are noted before a pod has the identifier.
+ * Sockets are seen when a port is taken (is_host_port); this is for those that come later, and for what has no sockets
+ * to be seen: echo requests, tunnels, and connections by the kernel's own NAT are noted before a pod is there.
  * Answers to outsiders never make an entry, so that no flood from outside can fill the map.
  */
 static void reclaim_port(const struct transport *transport)
@@ -127,9 +135,10 @@ static void reclaim_port(const struct transport *transport)
     __u32 zero = 0;
     struct settings *limits = settings.lookup(&zero);
     const struct tuple *tuple = &transport->tuple;
-    bool asks = transport->port_offset[0] && (tuple->protocol == IPPROTO_ICMP || tuple->protocol == IPPROTO_ICMP6);
+    bool is_echo = transport->port_offset[0] && (tuple->protocol == IPPROTO_ICMP || tuple->protocol == IPPROTO_ICMPV6);
+    bool asks = is_echo || is_portless(tuple->protocol) || opens_connection(transport);
 
-    if (!limits || transport->quoted || !is_in_range(tuple->source_port, limits))
+    if (!limits || transport->quoted || !(keeps_port(tuple->protocol) || is_in_range(tuple->source_port, limits)))
         return;
     struct tuple answer = reversed(tuple);
     struct owner node = {.address = tuple->source, .port = tuple->source_port};

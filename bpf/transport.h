@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Ports, checksum and flags of what can be masqueraded: TCP, UDP, and ICMP echo, whose identifier plays the port. */
+/*
+ * Ports, checksum and flags of what can be masqueraded: TCP, UDP, SCTP, and ICMP echo, whose identifier plays the port.
+ * What encapsulates other packets has no ports, and no checksum over addresses: it is told apart by addresses alone.
+ */
 #pragma once
 
 #include "maps.h"
@@ -22,7 +25,7 @@ struct transport {
     __u8 part;             /* PART_* */
     __u8 complete;         /* all of the transport header is there */
     __u8 covers_addresses; /* the checksum includes the pseudo header */
-    __u8 unchecked;        /* there is no checksum that changes with the rest: a later fragment, or UDP without one */
+    __u8 unchecked;        /* no checksum changes with the rest: of a later fragment, UDP without one, or SCTP */
     __u8 tcp_flags;        /* of the TCP header, else 0 */
 };
 
@@ -36,10 +39,31 @@ struct transport {
 #define ICMPV6_ECHO_REQUEST 128
 #define ICMPV6_ECHO_REPLY   129
 
-#define IPPROTO_ICMP6 58
+#define SCTP_HEADER 12 /* RFC 9260 section 3.1 */
 
 /* How much of a transport header every ICMP error quotes (RFC 792), and an echo message has at least. */
 #define TRANSPORT_START 8
+
+/* What encapsulates other packets (RFC 2784, 4303, 2003, 4213 and 3931). */
+static bool is_portless(__u8 protocol)
+{
+    switch (protocol) {
+    case IPPROTO_GRE:
+    case IPPROTO_ESP:
+    case IPPROTO_IPIP:
+    case IPPROTO_IPV6:
+    case IPPROTO_L2TP:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* For which the configuration says what to do (OTHER_*). */
+static bool is_other(__u8 protocol, bool is_ipv6)
+{
+    return protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != (is_ipv6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP);
+}
 
 static void take_ports(struct transport *transport, __u32 offset, const __be16 *start)
 {
@@ -74,6 +98,16 @@ static bool parse_udp(struct transport *transport, __u32 offset, const __be16 *s
     return true;
 }
 
+/* Its CRC32c covers ports, but no addresses. */
+static bool parse_sctp(const struct packet *packet, struct transport *transport, __u32 offset, const __be16 *start)
+{
+    take_ports(transport, offset, start);
+    transport->covers_addresses = 0;
+    transport->unchecked = 1;
+    transport->complete = offset + SCTP_HEADER <= packet->size;
+    return true;
+}
+
 /* A request comes from the port that is its identifier, and a reply goes there. */
 static bool parse_echo(const struct packet *packet, struct transport *transport, __u32 offset, const __be16 *start)
 {
@@ -103,6 +137,10 @@ static bool parse_ports(struct __sk_buff *skb, const struct packet *packet, stru
 {
     __be16 start[TRANSPORT_START / sizeof(__be16)];
 
+    if (is_portless(transport->tuple.protocol)) {
+        transport->unchecked = transport->complete = 1;
+        return offset <= packet->size; /* what is beyond is padding, though it may look like more of a quoted header */
+    }
     if (offset + sizeof(start) > packet->size || bpf_skb_load_bytes(skb, offset, start, sizeof(start)) < 0)
         return false;
     switch (transport->tuple.protocol) {
@@ -110,13 +148,20 @@ static bool parse_ports(struct __sk_buff *skb, const struct packet *packet, stru
         return parse_tcp(skb, packet, transport, offset, start);
     case IPPROTO_UDP:
         return parse_udp(transport, offset, start);
+    case IPPROTO_SCTP:
+        return parse_sctp(packet, transport, offset, start);
     case IPPROTO_ICMP:
         return !packet->is_ipv6 && parse_echo(packet, transport, offset, start);
-    case IPPROTO_ICMP6:
+    case IPPROTO_ICMPV6:
         return packet->is_ipv6 && parse_echo(packet, transport, offset, start);
     default:
         return false;
     }
+}
+
+static bool opens_connection(const struct transport *transport)
+{
+    return (transport->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
 static struct tuple reversed(const struct tuple *tuple)

@@ -132,19 +132,25 @@ class PrefixTable(MapTable[Network, Lanes]):
 
 
 class SettingsTable(MapTable[int, Settings]):
-    """The map `settings`: an array of one."""
+    """The map `settings`: an array of one; `other_protocols` are the numbers that its choices have in it."""
+
+    def __init__(self, entries: Map, *, other_protocols: Mapping[str, int]) -> None:
+        super().__init__(entries)
+        self._numbers = other_protocols
+        self._names = {number: name for name, number in other_protocols.items()}
 
     def _key(self, raw: Value) -> int:
         return int(raw)
 
     def _value(self, raw: Value) -> Settings:
-        return Settings(**{**raw, "stack_routes": bool(raw["stack_routes"])})
+        other = self._names.get(raw["other_protocols"], f"unknown:{raw['other_protocols']}")
+        return Settings(**{**raw, "other_protocols": other, "stack_routes": bool(raw["stack_routes"])})
 
     def _raw_key(self, key: int) -> Value:
         return key
 
     def _raw_value(self, value: Settings) -> Value:
-        return asdict(value)
+        return {**asdict(value), "other_protocols": self._numbers[value.other_protocols]}
 
 
 def failures(keys: Iterable[K], operation: Callable[[K], object]) -> dict[K, KernelError]:

@@ -1,4 +1,4 @@
-"""Hooks by tcx links, as the agent's loop sees them, and the outcome counters."""
+"""Hooks by tcx links, as the agent's loop sees them, and the datapath's counters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import libbpf
 from .entries import EndpointTable, failures
 from .loader import Datapath
 
-__all__ = ["Count", "EndpointTable", "TcxHooks", "outcomes", "tcx_supported"]
+__all__ = ["Count", "EndpointTable", "Masqueraded", "TcxHooks", "masqueraded", "outcomes", "tcx_supported"]
 
 _ATTACH_TYPES = {"ingress": libbpf.TCX_INGRESS, "egress": libbpf.TCX_EGRESS}
 
@@ -36,6 +36,25 @@ def outcomes(datapath: Datapath) -> dict[str, Count]:
     """Return the outcome counters since the map was made, by the names that they have in the C."""
     totals = datapath.maps["outcomes"].sum(0)
     return {name: Count(**counter) for name, counter in totals.items()}
+
+
+class Masqueraded(NamedTuple):
+    """What masquerading has done since the map was made. `flows` is by protocol and direction, as they are in the C."""
+
+    flows: Mapping[tuple[str, str], Count]
+    allocations: int
+    retries: int
+
+
+def masqueraded(datapath: Datapath) -> Masqueraded:
+    """Return the counters of masqueraded packets and of ports."""
+    totals = datapath.maps["masqueraded"].sum(0)
+    flows = {}
+    for name, total in totals.items():
+        protocol, _, direction = name.partition("_")
+        if direction:
+            flows[protocol, direction] = Count(**total)
+    return Masqueraded(flows, totals["allocations"], totals["retries"])
 
 
 def tcx_supported() -> bool:

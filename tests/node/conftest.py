@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.node.cluster import Cluster, made_cluster
+from tests.node.internet import Internet
 from tests.node.machine import Machine, machine
+
+
+@pytest.fixture(scope="module")
+def shared_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Yield a node with an uplink and a ready agent, for tests that leave it as they found it."""
+    with machine(tmp_path_factory.mktemp("node")) as it:
+        it.add_uplink()
+        it.start_agent()
+        yield it
 
 
 @pytest.fixture
@@ -16,4 +27,26 @@ def node(tmp_path: Path) -> Iterator[Machine]:
     with machine(tmp_path) as it:
         it.add_uplink()
         it.start_agent()
+        yield it
+
+
+@pytest.fixture(scope="module")
+def internet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Internet]:
+    """Yield routers and a world behind a node's uplink; its agent is ready."""
+    with machine(tmp_path_factory.mktemp("node")) as it:
+        made = Internet.behind(it)
+        it.start_agent()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def routed_node(internet: Internet) -> Machine:
+    """Return the node that the internet is behind."""
+    return internet.node
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Yield a node with services and host ports, for tests that leave it as they found it."""
+    with made_cluster(tmp_path_factory.mktemp("node")) as it:
         yield it

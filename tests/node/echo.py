@@ -14,6 +14,7 @@ from tests.node.machine import Netns
 from tests.node.traffic import BUFFER, SO_RCVBUFFORCE
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
+GRE, ESP, SCTP = 47, 50, 132
 SECONDS = 5.0
 
 
@@ -120,6 +121,24 @@ def who(netns: Netns, to: Server, **options: int) -> tuple[str, int]:
     """Ask a server once, by a flow of its own, whom it takes us for."""
     with client(netns, to, **options) as it:  # type: ignore[arg-type]
         return it.ask()
+
+
+def raw_exchange(asker: Netns, answerer: Netns, address: str, protocol: int, question: bytes, answer: bytes) -> str:
+    """Send a packet of any protocol of IP's to an address, and another one back; return who the first came from."""
+
+    def make() -> socket.socket:
+        made = socket.socket(family(address), socket.SOCK_RAW, protocol)
+        made.settimeout(SECONDS)
+        return made
+
+    with asker.call(make) as ours, answerer.call(make) as theirs:
+        theirs.bind((address, 0))
+        ours.sendto(question, (address, 0))
+        heard, peer = theirs.recvfrom(65536)
+        assert heard.endswith(question)  # IPv4's header comes with it
+        theirs.sendto(answer, (peer[0], 0))
+        assert ours.recv(65536).endswith(answer)
+    return str(peer[0])
 
 
 def transfer(sender: Netns, receiver: Netns, address: str, size: int) -> tuple[str, str, str]:

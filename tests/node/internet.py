@@ -34,6 +34,7 @@ _A, _INTERNET, _RESPONSE, _NAMED_ADDRESSES = 1, 1, 0x8400, 64
 class Internet:
     """Two routers in a row, and the world behind them. All know the way to the node's pods."""
 
+    node: Machine
     near: Netns
     far: Netns
     world: Netns
@@ -41,7 +42,7 @@ class Internet:
     @classmethod
     def behind(cls, node: Machine) -> Internet:
         """Build it at the node's uplink, before the agent starts."""
-        it = cls(node.add_uplink(), node.add_netns("far"), node.add_netns("world"))
+        it = cls(node, node.add_uplink(), node.add_netns("far"), node.add_netns("world"))
         for router in (node.netns, it.near, it.far):
             router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
             # As many errors as there are reasons: left alone, the kernel sends one a second to each destination.
@@ -83,6 +84,16 @@ def join(one: Netns, other: Netns, device: str, ours: tuple[str, str], theirs: t
         netns.run("ip", "address", "add", addresses[0], "dev", device)
         netns.run("ip", "address", "add", addresses[1], "dev", device, "nodad")
         netns.run("ip", "link", "set", device, "up")
+
+
+@contextmanager
+def nothing_dropped(node: Machine) -> Iterator[None]:
+    """Assert that the datapath drops nothing meanwhile."""
+    before = node.packets()
+    yield
+    after = node.packets()
+    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert [name for name in grown if name.startswith("drop_")] == [], grown
 
 
 def forget_mtu(netns: Netns) -> None:

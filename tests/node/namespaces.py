@@ -7,7 +7,8 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from agent.netlink.netns import CLONE_NEWNET, OWN_NETNS, in_netns
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+PATIENCE = 5.0  # seconds
 
 
 @contextmanager
@@ -86,6 +88,34 @@ def answers(address: object, *, netns: int | None = None) -> bool:
     except subprocess.CalledProcessError:
         return False
     return True
+
+
+def own(*addresses: str) -> None:
+    """Give the caller's namespace addresses, and wait until it takes packets to them.
+
+    The kernel makes an IPv6 address's local route in a work queue: until then it drops what comes.
+    """
+    for address in addresses:
+        run(f"ip address add {address} dev lo")
+    routes = [f"ip -{6 if ':' in address else 4} route show table local {address}" for address in addresses]
+    _wait(lambda: all(run(route) for route in routes), f"routes to {', '.join(addresses)}")
+
+
+def wait_up(*devices: str, netns: int | None = None) -> None:
+    """Wait until devices send: the kernel starts a veth's queue in a work queue, after the other end has come up."""
+
+    def are_up() -> bool:
+        states = {link["ifname"]: link["operstate"] for link in ip("link show", netns=netns)}
+        return all(states[device] == "UP" for device in devices)
+
+    _wait(are_up, f"{', '.join(devices)} to be up")
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.005)
 
 
 def _enter_new() -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+from scapy.layers.sctp import SCTP as SCTPHeader
 
-from tests.node.echo import TCP, UDP, client, server, transfer, who
+from tests.node.echo import ESP, GRE, SCTP, TCP, UDP, client, raw_exchange, server, transfer, who
 from tests.node.machine import Machine, Netns, TestPod, machine
 
 V4, V6 = 0, 1
@@ -147,6 +148,16 @@ def test_host_port_is_not_taken(
 
 
 @families
+@pytest.mark.parametrize("protocol", [GRE, ESP, SCTP])
+@pytest.mark.parametrize("size", [100, 4000])
+def test_other_protocols(node: Machine, pod: TestPod, world: Netns, family: int, protocol: int, size: int) -> None:
+    """Tunnels and SCTP, in fragments too, reach the world under the node's address, and are answered."""
+    question, answer = (bytes(SCTPHeader(sport=here, dport=there)) + bytes(size) for here, there in ((5, 6), (6, 5)))
+    with counted(node, fwd_uplink=1, masq_out=1, masq_in=1):
+        assert raw_exchange(pod.netns, world, FAR[family], protocol, question, answer) == NODE[family]
+
+
+@families
 @pytest.mark.parametrize("direction", ["out", "in"])
 def test_bulk(node: Machine, pod: TestPod, world: Netns, family: int, direction: str) -> None:
     """A hundred megabytes arrive as they were sent, in large (GSO) packets, and hardly any leaves the fast path."""
@@ -165,6 +176,6 @@ def test_bulk(node: Machine, pod: TestPod, world: Netns, family: int, direction:
 
 
 def test_port_range_is_reserved(node: Machine) -> None:
-    """The node itself picks no port of the range."""
+    """The node itself picks no port of the range (cilium#23539)."""
     reserved = node.netns.run("cat", "/proc/sys/net/ipv4/ip_local_reserved_ports").stdout.strip()
     assert reserved == f"{FIRST_PORT}-65535"

@@ -33,9 +33,13 @@ CATALOGUE = {
     "podlane_ipam_addresses_free": ("gauge", {"range"}),
     "podlane_ipam_addresses_used": ("gauge", {"range"}),
     "podlane_map_fill_ratio": ("gauge", {"map"}),
+    "podlane_masquerade_allocations": ("counter", set()),
     "podlane_masquerade_collected": ("counter", {"kind"}),
     "podlane_masquerade_destination_ports": ("gauge", set()),  # {"destination"}, when there are flows
     "podlane_masquerade_flows": ("gauge", {"protocol"}),
+    "podlane_masquerade_retries": ("counter", set()),
+    "podlane_masqueraded_bytes": ("counter", {"direction", "protocol"}),
+    "podlane_masqueraded_packets": ("counter", {"direction", "protocol"}),
     "podlane_pods": ("gauge", set()),
     "podlane_ready": ("gauge", set()),
     "podlane_repairs": ("counter", {"kind"}),

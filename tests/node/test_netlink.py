@@ -17,7 +17,7 @@ import pytest
 
 from agent import netlink
 from agent.state import HostRoute, KernelError
-from tests.node.namespaces import answers, fresh_netns, ip, new_netns, run, sysctl
+from tests.node.namespaces import answers, fresh_netns, ip, new_netns, own, run, sysctl, wait_up
 from tests.node.wiring import GATEWAYS, MTU, Pod
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("host_netns")]
@@ -103,8 +103,7 @@ def test_no_duplicate_address_detection_and_no_resolution(pod: Pod) -> None:
     """No address is ever tentative, and neither side asks for a neighbour: not by DAD, not by ARP or NDP."""
     number = pod.create()
     netlink.raise_host(pod.host)
-    run(f"ip address add {NODE4}/32 dev lo")
-    run(f"ip address add {NODE6}/128 dev lo")
+    own(NODE4, NODE6)
     every_protocol = socket.htons(3)
     with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, every_protocol) as tap:
         tap.bind((pod.host, 3))
@@ -138,11 +137,11 @@ def _captured(tap: socket.socket) -> set[tuple[str, int]]:
 def test_node_and_pods_reach_each_other(make_netns: MakeNetns) -> None:
     """Node to pod, pod to node and pod to pod answer the very first ping, over both families."""
     netlink.enable_forwarding()
-    run(f"ip address add {NODE4}/32 dev lo")
-    run(f"ip address add {NODE6}/128 dev lo")
+    own(NODE4, NODE6)
     first, second = Pod(1, make_netns()), Pod(2, make_netns())
     first.wire()
     second.wire()
+    wait_up(first.host, second.host)
     assert [answers(address) for address in first.addresses] == [True, True]
     assert [answers(node, netns=first.netns) for node in (NODE4, NODE6)] == [True, True]
     assert [answers(address, netns=first.netns) for address in second.addresses] == [True, True]
@@ -153,8 +152,10 @@ def test_order_of_the_ends_does_not_matter(pod: Pod) -> None:
     number = pod.create()
     pod.configure()
     netlink.raise_host(pod.host)
-    run(f"ip address add {NODE6}/128 dev lo")
+    own(NODE6)
     pod.make_reachable(number)
+    wait_up(pod.host)
+    wait_up("eth0", netns=pod.netns)
     assert answers(NODE6, netns=pod.netns)
 
 
@@ -175,8 +176,8 @@ def test_ipv6_works_where_it_is_off_by_default(pod: Pod) -> None:
         run("sysctl -qw net.ipv6.conf.default.disable_ipv6=1", netns=netns)
     pod.wire()
     run("sysctl -qw net.ipv6.conf.lo.disable_ipv6=0")
-    run(f"ip address add {NODE6}/128 dev lo nodad")
-    run("sleep 0.2")  # until the kernel receives what is for the node's own new address: it makes its route later
+    own(NODE6)
+    wait_up(pod.host)
     assert answers(pod.addresses[1])
     assert answers(pod.addresses[1], netns=pod.netns)
 
@@ -201,9 +202,9 @@ def test_second_attachment_leaves_the_first_its_routes(pod: Pod) -> None:
     pod.wire()
     second = Pod(2, pod.netns, "net1")
     second.wire()
-    for family, own in zip(GATEWAYS, second.addresses, strict=True):
+    for family, address in zip(GATEWAYS, second.addresses, strict=True):
         assert [item["dev"] for item in ip(f"-{family} route show default", netns=pod.netns)] == ["eth0", "net1"]
-        for source, device in (("", "eth0"), (f"from {own}", "net1")):
+        for source, device in (("", "eth0"), (f"from {address}", "net1")):
             far = {4: "192.0.2.1", 6: "2001:db8::1"}[family]
             assert ip(f"route get {far} {source}", netns=pod.netns)[0]["dev"] == device
     found = [item["local"] for item in ip("address show net1", netns=pod.netns)[0]["addr_info"]]
@@ -327,8 +328,8 @@ def test_fifty_pods_at_once(make_netns: MakeNetns) -> None:
     assert netlink.devices() == {pod.host: number for pod, number in zip(pods, indexes, strict=True)}
     routes = netlink.RouteTable().read()
     assert routes == {a: HostRoute(number) for pod, number in zip(pods, indexes, strict=True) for a in pod.addresses}
-    run(f"ip address add {NODE4}/32 dev lo")
-    run(f"ip address add {NODE6}/128 dev lo")
+    own(NODE4, NODE6)
+    wait_up(*netlink.devices())
     with ThreadPoolExecutor(max_workers=4) as threads:
         assert all(threads.map(answers, [address for pod in pods for address in pod.addresses]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import socket
 import struct
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -185,7 +186,7 @@ class TestClsact:
             os.close(fd)
 
     def test_round_trip(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
-        """Both hooks of a device are attached, read back and detached, and the qdisc goes with the last."""
+        """Both hooks of a device are attached, read back and detached; of a pod's device, the empty qdisc stays."""
         hooks = netlink.ClsactHooks(programs, {name: program_id(fd) for name, fd in programs.items()})
         ingress, egress = Hook("plone", "ingress"), Hook("plone", "egress")
         wanted = {ingress: Attached(host_ends[0], "from_pod"), egress: Attached(host_ends[0], "to_pod")}
@@ -198,8 +199,47 @@ class TestClsact:
         assert hooks.read() == {egress: wanted[egress]}
         assert hooks.delete([egress]) == {}
         assert hooks.read() == {}
-        assert "clsact" not in run("tc qdisc show dev plone")
+        assert "clsact" in run("tc qdisc show dev plone")
         assert hooks.delete([ingress, egress, Hook("plgone", "ingress")]) == {}
+
+    @pytest.mark.parametrize("existed", [False, True])
+    @pytest.mark.usefixtures("host_ends")
+    def test_foreign_device(self, programs: dict[str, int], existed: bool) -> None:
+        """On a device that is not podlane's, the qdisc goes with the last filter, if it came with the first."""
+        if existed:
+            run("tc qdisc add dev plonepeer clsact")
+        hooks = netlink.ClsactHooks(programs, {name: program_id(fd) for name, fd in programs.items()})
+        number = socket.if_nametoindex("plonepeer")
+        ingress, egress = Hook("plonepeer", "ingress"), Hook("plonepeer", "egress")
+        wanted = {ingress: Attached(number, "from_pod"), egress: Attached(number, "to_pod")}
+        assert hooks.upsert(wanted) == {}
+        assert hooks.read() == wanted
+        assert hooks.delete([ingress]) == {}
+        assert "clsact" in run("tc qdisc show dev plonepeer")
+        assert hooks.delete([egress]) == {}
+        assert ("clsact" in run("tc qdisc show dev plonepeer")) == existed
+        assert hooks.read() == {}
+
+    def test_restart(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
+        """Filters are found again by the agent's next life, and when somebody has removed one, that is seen."""
+        ids = {name: program_id(fd) for name, fd in programs.items()}
+        ingress, egress = Hook("plone", "ingress"), Hook("pltwo", "egress")
+        wanted = {ingress: Attached(host_ends[0], "from_pod"), egress: Attached(host_ends[1], "to_pod")}
+        assert netlink.ClsactHooks(programs, ids).upsert(wanted) == {}
+        hooks = netlink.ClsactHooks(programs, ids)
+        assert hooks.read() == wanted
+        run("tc filter delete dev plone ingress")
+        assert hooks.read() == {egress: wanted[egress]}
+        assert hooks.upsert({ingress: wanted[ingress]}) == {}
+        assert hooks.read() == wanted
+
+    def test_gone_devices_are_forgotten(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
+        """Devices come and go for years: what is known of them goes with them."""
+        hooks = netlink.ClsactHooks(programs, {name: program_id(fd) for name, fd in programs.items()})
+        assert hooks.upsert({Hook("plone", "ingress"): Attached(host_ends[0], "from_pod")}) == {}
+        run("ip link delete plone")
+        assert hooks.read() == {}
+        assert (hooks._made, hooks._held) == (set(), set())
 
     def test_replacement(self, host_ends: tuple[int, int], programs: dict[str, int]) -> None:
         """A program of an earlier agent is read as stale, and replaced without a second filter beside it."""

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scapy.layers.sctp import SCTP as SCTPHeader
+from scapy.layers.sctp import SCTPChunkInit, SCTPChunkInitAck
 
 from agent.datapath import libbpf
 from tests.node.attached import filters, programs, wait_attached, wait_settled
-from tests.node.echo import UDP, Client, Server, client, server, who
+from tests.node.echo import ESP, SCTP, UDP, Client, Server, client, raw_exchange, server, who
 from tests.node.machine import ROOT, Machine, Netns, TestPod, machine, run
 
 FAR = "198.51.100.1"
@@ -162,12 +164,20 @@ def test_restart(node: Machine, pod: TestPod, far: Server, end: Callable[[Machin
 
 
 @both_hooks
-def test_upgrade(node: Machine, pod: TestPod, far: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("->packets++", "->packets += skb->len ? 1 : 2"),
+        ("struct counter drop_vlan;", "struct counter drop_vlan;\n    struct counter drop_news;"),
+    ],
+    ids=["another program", "another layout of a map"],
+)
+def test_upgrade(node: Machine, pod: TestPod, far: Server, tmp_path: Path, old: str, new: str) -> None:
     """An agent with other programs replaces the old ones at the uplink, and flows go on."""
     source = tmp_path / "bpf"
     source.mkdir()
     for file in (ROOT / "bpf").iterdir():
-        (source / file.name).write_text(file.read_text().replace("->packets++", "->packets += skb->len ? 1 : 2"))
+        (source / file.name).write_text(file.read_text().replace(old, new))
     changed = {"bpf_source": str(source)}
     with client(pod.netns, far) as flow, conversation(flow) as answers, configured(node, paths=changed):
         assert programs(node, "uplink") == {"ingress": 1, "egress": 1}
@@ -236,6 +246,27 @@ def test_stack_routes(node: Machine, pod: TestPod, far: Server) -> None:
         with client(pod.netns, far) as flow:
             assert {flow.ask()[0] for _ in range(3)} == {NODE}
         assert node.packets()["fwd_uplink"] == before
+
+
+EXCHANGES = {
+    ESP: (bytes(8) + b"?", bytes(8) + b"!"),
+    SCTP: (
+        bytes(SCTPHeader(sport=5, dport=6, tag=0) / SCTPChunkInit(init_tag=7)),
+        bytes(SCTPHeader(sport=6, dport=5, tag=7) / SCTPChunkInitAck(init_tag=8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("protocol", EXCHANGES)
+def test_other_protocols_by_the_stack(node: Machine, pod: TestPod, protocol: int) -> None:
+    """On request, what is neither TCP, UDP nor ICMP goes through the host stack, and its rules masquerade it."""
+    rule = ("POSTROUTING", "-s", "10.244.0.0/16", "-o", "uplink", "-j", "MASQUERADE")
+    with configured(node, masquerade={"other_protocols": "stack"}):
+        node.netns.run("iptables", "-t", "nat", "-A", *rule)
+        try:
+            assert raw_exchange(pod.netns, node.world, FAR, protocol, *EXCHANGES[protocol]) == NODE
+        finally:
+            node.netns.run("iptables", "-t", "nat", "-D", *rule)
 
 
 def test_rules_of_ip_masq_agent(node: Machine, pod: TestPod, far: Server, tmp_path: Path) -> None:

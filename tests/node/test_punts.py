@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from scapy.layers.inet import ICMP, IP, IPOption_NOP
 from scapy.layers.inet6 import (
@@ -38,18 +36,15 @@ from tests.node.frames import (
     send,
     to_all_nodes,
 )
-from tests.node.machine import Machine, TestPod, machine
+from tests.node.machine import Machine, TestPod
 
 V4, V6 = 0, 1
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make a node that all tests of this module share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        it.add_uplink()
-        it.start_agent()
-        yield it
+def node(shared_node: Machine) -> Machine:
+    """All tests of this module share a node."""
+    return shared_node
 
 
 @pytest.fixture(scope="module")

@@ -3,103 +3,40 @@
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.node.cluster import (
+    BACKEND_PORT,
+    BOTH,
+    FAR,
+    HOST_PORTS,
+    ITSELF,
+    LOCAL,
+    NEIGHBOUR,
+    NODE,
+    NODE_PORT,
+    NODE_PORT_LOCAL,
+    PORT,
+    REMOTE,
+    REMOTE_POD,
+    V4,
+    V6,
+    WORLD,
+    Cluster,
+    address,
+    converse,
+    packets_at_rest,
+)
 from tests.node.echo import TCP, UDP, Client, Server, client, server, who
-from tests.node.kubeproxy import CLUSTER, HostPort, Service, write_rules
-from tests.node.machine import Machine, Netns, TestPod, machine
-
-V4, V6 = 0, 1
-NODE = ("192.0.2.10", "2001:db8::10")
-NEIGHBOUR = ("192.0.2.1", "2001:db8::1")
-FAR = ("198.51.100.1", "2001:db8:f::1")
-REMOTE = ("10.244.9.9", "fd00:10:244:9::9")
-"""A pod of another node, which the world carries to it."""
-PORT, BACKEND_PORT, HOST_PORT = 80, 8080, 8000
-# Services by what is behind them: the last byte of their address, and their NodePort.
-LOCAL, ITSELF, REMOTE_POD, WORLD, BOTH = 10, 11, 12, 13, 14
-NODE_PORT = {LOCAL: 30010, ITSELF: 30011, REMOTE_POD: 30012}
-NODE_PORT_LOCAL = 31010
+from tests.node.kubeproxy import Service, write_rules
+from tests.node.machine import machine
 
 families = pytest.mark.parametrize("family", [V4, V6])
 kinds = pytest.mark.parametrize("kind", [TCP, UDP])
-
-
-def address(service: int, family: int) -> str:
-    """Return a service's address."""
-    return f"{('10.96.0.', 'fd00:10:96::')[family]}{service}"
-
-
-@dataclass
-class Cluster:
-    """A node with services, and who takes part: a pod that asks and one that answers, and others that do neither."""
-
-    node: Machine
-    asker: TestPod
-    backend: TestPod
-    bystanders: tuple[TestPod, TestPod]
-    servers: dict[tuple[str, int, socket.SocketKind], Server] = field(default_factory=dict)
-
-    def serve(self, stack: ExitStack) -> None:
-        """Run a server of each kind at every backend."""
-        places = [(self.backend.netns, self.backend.addresses), (self.asker.netns, self.asker.addresses)]
-        places += [(self.node.world, list(REMOTE)), (self.node.world, list(FAR))]
-        for netns, addresses in places:
-            for family in (V4, V6):
-                for kind in (TCP, UDP):
-                    key = (addresses[family], family, kind)
-                    self.servers[key] = stack.enter_context(server(netns, kind, addresses[family], BACKEND_PORT))
-
-    def write_rules(self) -> None:
-        """Write the rules of all services and host ports."""
-        services, host_ports = [], []
-        for family in (V4, V6):
-            backend, asker = self.backend.addresses[family], self.asker.addresses[family]
-            behind = {
-                LOCAL: [backend],
-                ITSELF: [asker],
-                REMOTE_POD: [REMOTE[family]],
-                WORLD: [FAR[family]],
-                BOTH: [backend, REMOTE[family]],
-            }
-            for number, backends in behind.items():
-                at = address(number, family)
-                services.append(Service(at, PORT, backends, BACKEND_PORT, NODE_PORT.get(number, 0)))
-            at = address(LOCAL + 100, family)
-            services.append(Service(at, PORT, [backend], BACKEND_PORT, NODE_PORT_LOCAL, local=True))
-            host_ports.append(HostPort(HOST_PORT, backend, BACKEND_PORT))
-        write_rules(self.node.netns, services, host_ports)
-
-    def asked(self, at: str, family: int, kind: socket.SocketKind) -> int:
-        """Return how many questions the server at an address has had."""
-        return len(self.servers[at, family, kind].peers)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Make a node with services that all tests share."""
-    masquerade = {"non_masquerade_cidrs": list(CLUSTER)}
-    with machine(tmp_path_factory.mktemp("node"), masquerade=masquerade) as node, ExitStack() as stack:
-        world = node.add_world()
-        for remote, length in zip(REMOTE, ("32", "128"), strict=True):
-            world.run("ip", "address", "add", f"{remote}/{length}", "dev", "lo")
-        node.start_agent()
-        it = Cluster(node, node.make_pod("asker"), node.make_pod("backend"), (node.make_pod("c"), node.make_pod("d")))
-        it.serve(stack)
-        it.write_rules()
-        yield it
-
-
-def converse(netns: Netns, to: Server, times: int = 3) -> set[str]:
-    """Ask over one flow, several times; return by which addresses the server knows us."""
-    with client(netns, to) as it:
-        return {it.ask()[0] for _ in range(times)}
 
 
 # Who a service's backend takes the asking pod for: conntrack hides it only where the answer would not come back.
@@ -158,9 +95,10 @@ def test_node_port_local(cluster: Cluster, family: int, kind: socket.SocketKind)
 
 @families
 @kinds
-def test_host_port(cluster: Cluster, family: int, kind: socket.SocketKind) -> None:
+@pytest.mark.parametrize("port", HOST_PORTS)
+def test_host_port(cluster: Cluster, family: int, kind: socket.SocketKind, port: int) -> None:
     """A host port reaches its pod from outside, and from other pods of the node, under the address of who asks."""
-    at = Server(NODE[family], HOST_PORT, kind)
+    at = Server(NODE[family], port, kind)
     assert converse(cluster.node.world, at) == {NEIGHBOUR[family]}
     assert converse(cluster.asker.netns, at) == {cluster.asker.addresses[family]}
     assert converse(cluster.backend.netns, at) == {NODE[family]}  # by itself
@@ -209,22 +147,12 @@ def test_bystanders(cluster: Cluster, family: int, kind: socket.SocketKind) -> N
     assert grown["punt_reply"] == grown["punt_host"] == 0
 
 
-def packets_at_rest(node: Machine) -> dict[str, int]:
-    """Return the packets counted so far, once the last flows' ends have come to rest."""
-    seen = node.packets()
-    while True:
-        time.sleep(0.2)
-        before, seen = seen, node.packets()
-        if seen == before:
-            return seen
-
-
 @families
 @kinds
 def test_flows_outlive_the_agent(cluster: Cluster, family: int, kind: socket.SocketKind) -> None:
     """Flows to services, NodePorts and host ports go on while the agent is dead and after it is back; new ones work."""
     inside = [Server(address(each, family), PORT, kind) for each in (LOCAL, ITSELF, REMOTE_POD, WORLD)]
-    outside = [Server(NODE[family], port, kind) for port in (NODE_PORT[LOCAL], NODE_PORT_LOCAL, HOST_PORT)]
+    outside = [Server(NODE[family], port, kind) for port in (NODE_PORT[LOCAL], NODE_PORT_LOCAL, *HOST_PORTS)]
     with ExitStack() as stack:
 
         def opened() -> list[Client]:

@@ -60,6 +60,25 @@ def start(node: Machine) -> tuple[int, str]:
     return status, node.log.read_text().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("masqLinkLocal: maybe", "masqLinkLocal: Input should be a valid boolean (given: 'maybe'); the keys are "),
+        ("nonMasqueradeCIDRs: [10.0.0.1/8]", "nonMasqueradeCIDRs.0: 10.0.0.1/8 has host bits set (given: "),
+        ("[", "neither YAML nor JSON: "),
+    ],
+)
+def test_bad_ip_masq_configuration(empty: Machine, text: str, words: str) -> None:
+    """A mistake in the file of ip-masq-agent's is one in the configuration: told the same way, and nothing is begun."""
+    rules = empty.directory / "rules"
+    rules.write_text(text)
+    empty.configure(masquerade={"config_file": str(rules)})
+    status, _ = start(empty)
+    assert status == 2
+    assert empty.log.read_text().startswith(f"podlane-agent: {rules}: {words}")
+    assert [each.name for each in (empty.directory / "state").iterdir()] == ["cache"]
+
+
 def test_no_bpf_filesystem(empty: Machine) -> None:
     """Without a bpf filesystem the agent ends with status 1 and says which command mounts one."""
     empty.configure(paths={"bpffs": empty.directory / "plain"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import select
@@ -22,21 +21,20 @@ from tests.node.echo import TCP, UDP, bound, client, server
 from tests.node.internet import (
     CLOSED,
     HOPS,
-    NARROW,
     NODE,
     WORLD,
     Internet,
     datagram_server,
-    forget_mtu,
-    join,
     name_server,
+    nothing_dropped,
     web_server,
 )
-from tests.node.machine import Machine, Netns, TestPod, machine, run
+from tests.node.machine import Machine, Netns, TestPod, machine, pings, run
 from tests.node.traffic import Datagrams
 
 V4, V6 = 0, 1
 ANYWHERE = ("0.0.0.0", "::")  # noqa: S104
+SERVICE = ("10.96.0.20", "fd00:10:96::20")
 BIGGEST = (65507, 65487)  # bytes of a datagram: 64 KB less the headers of UDP and IPv4; IPv6: and those of fragments
 # linux/in.h, linux/in6.h, linux/errqueue.h
 IP_RECVERR, IPV6_RECVERR = 11, 25
@@ -47,34 +45,15 @@ kinds = pytest.mark.parametrize("kind", [TCP, UDP])
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make the node that all tests share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        yield it
+def node(routed_node: Machine) -> Machine:
+    """All tests of this module share a node."""
+    return routed_node
 
 
 @pytest.fixture(scope="module")
-def internet(node: Machine) -> Internet:
-    """Build what is behind its uplink, and start its agent."""
-    it = Internet.behind(node)
-    node.start_agent()
-    return it
-
-
-@pytest.fixture(scope="module")
-def pod(node: Machine, internet: Internet) -> TestPod:  # noqa: ARG001 - the agent runs by then
+def pod(node: Machine) -> TestPod:
     """Make a pod."""
     return node.make_pod("a")
-
-
-@contextmanager
-def nothing_dropped(node: Machine) -> Iterator[None]:
-    """Assert that the datapath drops nothing meanwhile."""
-    before = node.packets()
-    yield
-    after = node.packets()
-    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
-    assert [name for name in grown if name.startswith("drop_")] == [], grown
 
 
 @families
@@ -110,7 +89,7 @@ def test_ping(node: Machine, internet: Internet, pod: TestPod, family: int, size
     """Pings of any size, in fragments if need be, are answered whole."""
     with nothing_dropped(node):
         assert node.pings(pod, WORLD[family], "-s", str(size), count=5)
-        assert internet.world.run("ping", "-c", "1", "-s", str(size), "-W", "2", pod.addresses[family])
+        assert pings(internet.world, pod.addresses[family], "-s", str(size))
 
 
 @families
@@ -137,119 +116,6 @@ def test_traceroute_by_udp(internet: Internet, pod: TestPod, family: int) -> Non
             probe.send(b"who is there?")
             found.append(error_of(probe)[1])
     assert found == HOPS[family]
-
-
-@families
-def test_narrow_link_is_reported(internet: Internet, pod: TestPod, family: int) -> None:
-    """A ping that does not fit through a link in the middle is answered by the router, with what fits."""
-    with internet.narrowed():
-        done = pod.netns.run("ping", "-n", "-c", "1", "-W", "1", "-M", "do", "-s", "1400", WORLD[family], check=False)
-        forget_mtu(pod.netns)
-    assert re.search(rf"From {HOPS[family][1]} .*mtu ?= ?{NARROW}", done.stdout), done.stdout
-
-
-@families
-@pytest.mark.parametrize("opened_by", ["pod", "world"])
-def test_bulk_through_narrow_link(node: Machine, internet: Internet, pod: TestPod, family: int, opened_by: str) -> None:
-    """TCP finds out what fits through a link in the middle, in both directions, whoever opened the connection."""
-    with internet.narrowed(), nothing_dropped(node):
-        ways = [(pod.netns, internet.world, WORLD[family]), (internet.world, pod.netns, pod.addresses[family])]
-        exchange(*ways[opened_by == "world"], 10 << 20)
-        shown = pod.netns.run("ip", "route", "get", WORLD[family]).stdout
-        forget_mtu(pod.netns)
-    assert f"mtu {NARROW}" in shown
-
-
-@families
-@pytest.mark.parametrize("narrow", [False, True])
-def test_big_datagrams(node: Machine, internet: Internet, pod: TestPod, family: int, *, narrow: bool) -> None:
-    """The largest datagrams there are go both ways, in fragments, and through a narrow link in smaller ones."""
-    question = hashlib.shake_128(b"question").digest(BIGGEST[family])
-    answer = question[::-1]
-    if narrow:
-        with internet.narrowed(), nothing_dropped(node):
-            # IPv6 routers do not fragment: the first ones, each way, only tell how large fragments may be.
-            assert converse(internet.world, pod.netns, family, question, attempts=10) == answer
-            forget_mtu(pod.netns)
-    else:
-        with nothing_dropped(node):
-            assert converse(internet.world, pod.netns, family, question) == answer
-
-
-def converse(world: Netns, pod: Netns, family: int, question: bytes, attempts: int = 1) -> bytes:
-    """Send a datagram until it is answered, by its bytes in reverse order."""
-    with (
-        datagram_server(world, WORLD[family], 7, lambda heard: heard[::-1]) as asked,
-        bound(pod, UDP, ANYWHERE[family]) as it,
-    ):
-        it.connect((WORLD[family], 7))
-        it.settimeout(0.5 if attempts > 1 else 5)
-        for _ in range(attempts):
-            it.send(question)
-            try:
-                answer = it.recv(65536)
-            except OSError as error:
-                if attempts == 1 or (not isinstance(error, TimeoutError) and error.errno != errno.EMSGSIZE):
-                    raise
-                continue
-            assert set(asked) == {NODE[family]}
-            return answer
-    return b""
-
-
-@families
-def test_bulk(node: Machine, internet: Internet, pod: TestPod, family: int) -> None:
-    """Two hundred megabytes, half each way at once, arrive as they were sent, in large (GSO) packets."""
-    size = 100 << 20
-    before = node.packets()
-    with nothing_dropped(node):
-        assert exchange(pod.netns, internet.world, WORLD[family], size) == NODE[family]
-    after = node.packets()
-    grown = {name: after[name] - before[name] for name in after}
-    assert grown["masq_out"] < size / 1500  # so there were large ones
-    assert grown["punt_too_big"] < 10
-
-
-def exchange(opener: Netns, server_at: Netns, address: str, size: int) -> str:
-    """Send bytes both ways at once over TCP, compare what arrived; return who the server took the opener for."""
-    with bound(server_at, TCP, address, 5001) as listener:
-        listener.listen()
-        with bound(opener, TCP, ANYWHERE[":" in address]) as one:
-            one.connect((address, 5001))
-            other, peer = listener.accept()
-            with other:
-                digests: dict[str, str] = {}
-                threads = [
-                    threading.Thread(target=work, args=(digests, name, end, size))
-                    for name, end in (("one", one), ("other", other))
-                    for work in (_send, _receive)
-                ]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-    assert digests["received by one"] == digests["sent by other"]
-    assert digests["received by other"] == digests["sent by one"]
-    return str(peer[0])
-
-
-def _send(digests: dict[str, str], name: str, end: socket.socket, size: int) -> None:
-    block, digest = hashlib.shake_128(name.encode()).digest(1 << 20), hashlib.sha256()
-    end.settimeout(60)
-    for number in range(size >> 20):
-        piece = number.to_bytes(8, "big") + block[8:]
-        digest.update(piece)
-        end.sendall(piece)
-    end.shutdown(socket.SHUT_WR)
-    digests[f"sent by {name}"] = digest.hexdigest()
-
-
-def _receive(digests: dict[str, str], name: str, end: socket.socket, size: int) -> None:
-    digest, left = hashlib.sha256(), size
-    while left and (piece := end.recv(1 << 20)):
-        digest.update(piece)
-        left -= len(piece)
-    digests[f"received by {name}"] = digest.hexdigest()
 
 
 @contextmanager
@@ -424,47 +290,3 @@ def send_until(flow: Datagrams, stop: threading.Event) -> None:
     """Send datagrams, some thousands a second."""
     while not stop.wait(0.0002):
         flow.send()
-
-
-def test_many_uplinks(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A node with two uplinks, several addresses and routes by policy masquerades as it chooses for itself."""
-    with machine(tmp_path_factory.mktemp("node")) as node:
-        ways = two_uplinks(node)
-        node.start_agent()
-        pod = node.make_pod("a")
-        for destination, (world, expected) in ways.items():
-            with server(world, UDP, destination, 7) as far:
-                for netns in (node.netns, pod.netns):
-                    with client(netns, far) as it:
-                        assert it.ask()[0] == expected, destination
-
-
-def two_uplinks(node: Machine) -> dict[str, tuple[Netns, str]]:
-    """Give a node two uplinks; return by destination where that is, and from which address the node goes there."""
-    first, second = node.add_uplink(), node.add_netns("second")
-    join(node.netns, second, "other", ("192.0.3.10/24", "2001:db8:33::10/64"), ("192.0.3.1/24", "2001:db8:33::1/64"))
-    for device, address in (("uplink", "192.0.2.11/24"), ("uplink", "192.0.2.12/32"), ("other", "192.0.3.11/24")):
-        node.netns.run("ip", "address", "add", address, "dev", device)
-    for command in (
-        "route add 203.0.113.0/24 via 192.0.2.1 src 192.0.2.12",
-        "route add default via 192.0.3.1 table 100",
-        "route add 198.51.100.64/26 via 192.0.3.1 src 192.0.3.11 table 100",
-        "rule add to 198.51.100.0/24 table 100",
-        "-6 route add default via 2001:db8:33::1 table 100",
-        "-6 rule add to 2001:db8:f::/48 table 100",
-    ):
-        node.netns.run("ip", *command.split())
-    ways = {
-        "203.0.113.1": (first, "192.0.2.12"),
-        "192.0.2.1": (first, "192.0.2.10"),
-        "8.8.8.8": (first, "192.0.2.10"),
-        "2001:db8:8::8": (first, "2001:db8::10"),
-        "198.51.100.1": (second, "192.0.3.10"),
-        "198.51.100.65": (second, "192.0.3.11"),
-        "2001:db8:f::1": (second, "2001:db8:33::10"),
-    }
-    for destination, (world, _) in ways.items():
-        if destination != "192.0.2.1":
-            length = "128" if ":" in destination else "32"
-            world.run("ip", "address", "add", f"{destination}/{length}", "dev", "lo")
-    return ways

@@ -1,4 +1,4 @@
-"""Traffic between two pods that notices every packet that does not arrive."""
+"""Traffic to pods that notices every packet that does not arrive."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from tests.node.machine import TestPod
+from tests.node.machine import Netns, TestPod
 
 RATE = 2000  # datagrams per second and direction
 BULK_RATE = 1000  # writes per second
@@ -73,19 +73,61 @@ class Bulk:
         retransmitted, unneeded = (struct.unpack_from("=I", info, at)[0] for at in (TOTAL_RETRANS, DSACK_DUPS))
         return int(retransmitted - unneeded)
 
+    def assert_nothing_lost(self) -> None:
+        """Assert that every byte arrived, and that TCP had nothing to make good."""
+        assert self.received == self.sent > 0, f"received {self.received} of {self.sent} bytes"
+        segments = self.lost_segments()
+        assert segments <= 0, f"TCP sent {segments} lost segments again"
 
-@dataclass
-class Traffic:
-    """Datagrams in both directions and families, and a bulk flow."""
 
-    datagrams: list[Datagrams]
-    bulk: Bulk
-    stop: threading.Event = field(default_factory=threading.Event)
+def assert_arrived(flows: Sequence[Datagrams]) -> None:
+    """Assert that every datagram arrived, and that they were enough to tell."""
+    sent = sum(flow.sent for flow in flows)
+    lost = sum(len(flow.lost()) for flow in flows)
+    assert lost == 0, f"lost {lost} of {sent} datagrams"
+    assert sent > RATE, f"{sent} datagrams are too few to tell"
 
-    def send(self, rate: int, flows: list[Datagrams] | list[Bulk]) -> None:
-        """Send on each of the flows, `rate` times a second, until told to stop; late ones are made up for."""
+
+@contextmanager
+def lossless_traffic(a: TestPod, b: TestPod) -> Iterator[None]:
+    """Let traffic between pods flow during the block, and assert at its end that nothing was lost."""
+    with ExitStack() as stack:
+        ways = [(a, b, 0), (b, a, 0), (a, b, 1), (b, a, 1)]
+        flows = [
+            _datagrams(stack, source.netns, target, family, port=9000 + number)
+            for number, (source, target, family) in enumerate(ways)
+        ]
+        bulk = _bulk(stack, a, b)
+        receiver = threading.Thread(target=bulk.receive)
+        receiver.start()
+        try:
+            with _sending(RATE, flows), _sending(BULK_RATE, [bulk]):
+                yield
+        finally:
+            bulk.sender.shutdown(socket.SHUT_WR)
+            receiver.join()
+        assert_arrived(flows)
+        bulk.assert_nothing_lost()
+
+
+@contextmanager
+def lossless_stream(source: Netns, pods: Iterable[TestPod]) -> Iterator[None]:
+    """Let a host send datagrams to pods during the block, and assert at its end that nothing was lost."""
+    with ExitStack() as stack:
+        flows = [_datagrams(stack, source, pod, 0, port=9020) for pod in pods]
+        with _sending(RATE, flows):
+            yield
+        assert_arrived(flows)
+
+
+@contextmanager
+def _sending(rate: int, flows: Sequence[Datagrams | Bulk]) -> Iterator[None]:
+    """Send on each of the flows, `rate` times a second, during the block; late ones are made up for."""
+    stop = threading.Event()
+
+    def send() -> None:
         start, done = time.monotonic(), 0
-        while not self.stop.is_set():
+        while not stop.is_set():
             due = int((time.monotonic() - start) * rate)
             for flow in flows:
                 for _ in range(due - done):
@@ -93,44 +135,17 @@ class Traffic:
             done = due
             time.sleep(1 / rate)
 
-    def assert_nothing_lost(self) -> None:
-        """Assert that every datagram and every byte arrived, and that TCP had nothing to make good."""
-        sent = sum(flow.sent for flow in self.datagrams)
-        lost = sum(len(flow.lost()) for flow in self.datagrams)
-        assert lost == 0, f"lost {lost} of {sent} datagrams"
-        assert sent > RATE, f"{sent} datagrams are too few to tell"
-        assert self.bulk.received == self.bulk.sent > 0, f"received {self.bulk.received} of {self.bulk.sent} bytes"
-        segments = self.bulk.lost_segments()
-        assert segments <= 0, f"TCP sent {segments} lost segments again"
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        sender.join()
 
 
-@contextmanager
-def lossless_traffic(a: TestPod, b: TestPod) -> Iterator[None]:
-    """Let traffic flow during the block, and assert at its end that nothing was lost."""
-    with ExitStack() as stack:
-        ways = [(a, b, 0), (b, a, 0), (a, b, 1), (b, a, 1)]
-        flows = [_datagrams(stack, *way, port=9000 + number) for number, way in enumerate(ways)]
-        it = Traffic(flows, _bulk(stack, a, b))
-        receiver = threading.Thread(target=it.bulk.receive)
-        senders = [
-            threading.Thread(target=it.send, args=(RATE, it.datagrams)),
-            threading.Thread(target=it.send, args=(BULK_RATE, [it.bulk])),
-        ]
-        for thread in (receiver, *senders):
-            thread.start()
-        try:
-            yield
-        finally:
-            it.stop.set()
-            for thread in senders:
-                thread.join()
-            it.bulk.sender.shutdown(socket.SHUT_WR)
-            receiver.join()
-        it.assert_nothing_lost()
-
-
-def _datagrams(stack: ExitStack, source: TestPod, target: TestPod, family: int, *, port: int) -> Datagrams:
-    receiver = _socket(stack, target, family, socket.SOCK_DGRAM)
+def _datagrams(stack: ExitStack, source: Netns, target: TestPod, family: int, *, port: int) -> Datagrams:
+    receiver = _socket(stack, target.netns, family, socket.SOCK_DGRAM)
     receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
     receiver.bind((target.addresses[family], port))
     sender = _socket(stack, source, family, socket.SOCK_DGRAM)
@@ -139,17 +154,17 @@ def _datagrams(stack: ExitStack, source: TestPod, target: TestPod, family: int, 
 
 
 def _bulk(stack: ExitStack, source: TestPod, target: TestPod) -> Bulk:
-    listener = _socket(stack, target, 0, socket.SOCK_STREAM)
+    listener = _socket(stack, target.netns, 0, socket.SOCK_STREAM)
     listener.bind((target.addresses[0], 9010))
     listener.listen()
-    sender = _socket(stack, source, 0, socket.SOCK_STREAM)
+    sender = _socket(stack, source.netns, 0, socket.SOCK_STREAM)
     sender.connect((target.addresses[0], 9010))
     receiver, _ = listener.accept()
     return Bulk(sender, stack.enter_context(receiver))
 
 
-def _socket(stack: ExitStack, pod: TestPod, family: int, kind: socket.SocketKind) -> socket.socket:
-    """Make a socket in the pod; it stays there, whoever uses it."""
-    made: socket.socket = pod.netns.call(lambda: socket.socket((socket.AF_INET, socket.AF_INET6)[family], kind))
+def _socket(stack: ExitStack, netns: Netns, family: int, kind: socket.SocketKind) -> socket.socket:
+    """Make a socket in the namespace; it stays there, whoever uses it."""
+    made: socket.socket = netns.call(lambda: socket.socket((socket.AF_INET, socket.AF_INET6)[family], kind))
     made.settimeout(30)
     return stack.enter_context(made)

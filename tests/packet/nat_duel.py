@@ -10,26 +10,30 @@ from ipaddress import ip_address
 from typing import Any
 
 from agent.collector import Collector
+from agent.datapath.tables import masqueraded
 from agent.state import Settings
 from agent.wiring import HOST_MAC
 
 from .harness import PASS, REDIRECT, A, B, Pod, Ran
 from .nat_frames import changed, source_port
+from .nat_maps import cooked, end, raw
 from .nat_model import Nat
 from .nat_talk import PORTS, How, Talk, error_of, frame_of, message_of, packed
-from .nat_words import Choice, End, Fate, Flow, Lifetimes, Message, Part, State
-from .world import NODE, ROUTER, ROUTER_MAC, UPLINK_MAC, Node, text, word
+from .nat_words import Choice, End, Fate, Flow, Lifetimes, Message, Part, Rule, State, keeps_port
+from .world import NODE, ROUTER, ROUTER_MAC, UPLINK_MAC, Node
 
 CAPACITY = 40
-"""Of either half of the flows, in entries: all kinds, families and remotes together want 72."""
+"""Of either half of the flows, in entries: all kinds, families and remotes together want 112."""
 
 STEP = 10
 """Seconds. All times in a duel are multiples of it, so that the time which a duel itself takes changes nothing."""
 
-NOTES = ("inbound", "stack_flows")
+NOTES = ("inbound", "conversations", "stack_flows")
 """Maps with notes about flows that are not masqueraded."""
 
-_LIFETIMES = Lifetimes(tcp_open=2 * STEP, tcp_established=5 * STEP, tcp_closed=STEP, udp=3 * STEP, icmp=STEP)
+_LIFETIMES = Lifetimes(
+    tcp_open=2 * STEP, tcp_established=5 * STEP, tcp_closed=STEP, udp=3 * STEP, icmp=STEP, other=4 * STEP
+)
 _NANOSECONDS = 1_000_000_000
 _A_LITTLE = 1_000_000
 _PODS = {ip_address(address).packed: pod for pod in (A, B) for address in (pod.ipv4, pod.ipv6)}
@@ -44,17 +48,19 @@ class Duel:
         self._seen = seen if seen is not None else Counter()
         node.reset()
         limits = {**vars(_LIFETIMES), "first_port": PORTS[0], "last_port": PORTS[-1]}
-        node.configure(**limits)
+        self._limits = limits
+        self._before = masqueraded(node.datapath)
         self.model = Nat({4: packed(NODE[4]), 16: packed(NODE[6])}, frozenset(_PODS), PORTS, CAPACITY, _LIFETIMES)
         maps = node.datapath.maps
         self._collector = Collector(
             flows=maps["flows"],
             owners=maps["owners"],
-            settings=Settings(**limits, stack_routes=False),
+            settings=Settings(**limits, other_protocols="masquerade", stack_routes=False),
             constants=node.datapath.constants,
             refused=lambda: 0,
         )
         self._sockets: dict[tuple[int, bytes, int], socket.socket] = {}
+        self.rule_is(Rule.MASQUERADE)
 
     def close(self) -> None:
         """Close the node's sockets."""
@@ -112,11 +118,29 @@ class Duel:
         self._run_to_uplink(message, how, fast=False)
         self._a_second_passes()
 
+    def node_complains(self, talk: Talk, how: How) -> None:
+        """Let the node send an error about an answer that it could not give to a pod."""
+        about = message_of(talk, talk.remote_end, talk.pod_end, how, is_reply=True)
+        sender = packed(NODE[talk.family])
+        self._run_to_uplink(error_of(talk, sender, about.source, about), how, fast=False)
+
+    def node_complains_of_request(self, talk: Talk, how: How) -> None:
+        """Let the node send an error about what a remote sent to a pod's own address."""
+        about = message_of(talk, talk.remote_end, talk.pod_end, how)
+        sender = packed(NODE[talk.family])
+        self._run_to_uplink(error_of(talk, sender, about.source, about), how, fast=False)
+
     def stack_sends(self, talk: Talk, how: How) -> None:
         """Let a remote's packet reach the pod by the stack: a service's address, a port of the host's."""
         self._run_to_pod(message_of(talk, talk.remote_end, talk.pod_end, how), how)
 
     # ---- Events
+
+    def rule_is(self, rule: Rule) -> None:
+        """Let the configuration say what becomes of other protocols."""
+        self.model.rule = rule
+        number = self._node.datapath.constants[f"OTHER_{rule.name}"]
+        self._node.configure(**self._limits, other_protocols=number)
 
     def time_passes(self, steps: int) -> None:
         """Let everything become older."""
@@ -125,24 +149,25 @@ class Duel:
         maps = self._node.datapath.maps
         for key, flow in list(maps["flows"].items()):
             maps["flows"].update(key, {**flow, "seen": max(flow["seen"] - age, 1), "checked": 0})
-        for key, seen in list(maps["inbound"].items()):
-            maps["inbound"].update(key, max(seen - age, 1))
+        for key, note in list(maps["inbound"].items()):
+            maps["inbound"].update(key, {**note, "seen": max(note["seen"] - age, 1)})
+        for key, seen in list(maps["conversations"].items()):
+            maps["conversations"].update(key, max(seen - age, 1))
 
-    def collector_scans(self) -> None:
-        """Let the agent's collector do a scan."""
-        self._collector.scan()
-        self.model.collect()
+    def collector_scans(self, times: int = 1) -> None:
+        """Let the agent's collector do its scans."""
+        for _ in range(times):
+            self._collector.scan()
+            self.model.collect()
 
     def entry_is_lost(self, name: str, number: int) -> None:
         """Delete an entry: of flows or owners, half a flow; of the others, a note."""
-        keys: list[object] = sorted(getattr(self.model, name), key=repr)
-        if not keys:
+        memory = self._remembered(name)
+        if not memory:
             return
-        key = keys[number % len(keys)]
-        memory = getattr(self.model, name)
+        key = sorted(memory, key=repr)[number % len(memory)]
         memory.remove(key) if isinstance(memory, set) else memory.pop(key)
-        assert isinstance(key, Flow)
-        assert self._node.datapath.maps[name].delete(_raw(key))
+        assert self._node.datapath.maps[name].delete(raw(key))
         self._a_second_passes()
 
     def socket_opens_or_closes(self, talk: Talk, port: int) -> None:
@@ -151,22 +176,42 @@ class Duel:
         if key in self._sockets:
             self._sockets.pop(key).close()
             self.model.host_ports.remove(key)
-        elif talk.kind != "echo":
+        elif talk.kind in ("tcp", "udp"):
             self._sockets[key] = _listen(talk, port)
             self.model.host_ports.add(key)
 
     def compare_memory(self) -> None:
         """Check that the maps hold what the model remembers."""
         model, held = self.model, {name: self._entries(name) for name in ("flows", "owners", *NOTES)}
-        flows = {key: (_end(flow), State(flow["state"])) for key, flow in held["flows"].items()}
+        flows = {key: (end(flow), State(flow["state"])) for key, flow in held["flows"].items()}
         _same("flows", flows, {key: (mapping.end, mapping.state) for key, mapping in model.flows.items()})
-        _same("owners", {key: _end(owner) for key, owner in held["owners"].items()}, model.owners)
+        _same("owners", {key: end(owner) for key, owner in held["owners"].items()}, model.owners)
         for name in NOTES:
-            _same(name, dict.fromkeys(held[name]), dict.fromkeys(getattr(model, name)))
+            _same(name, dict.fromkeys(held[name]), dict.fromkeys(self._remembered(name)))
+        answered = {key: bool(note["answered"]) for key, note in held["inbound"].items()}
+        _same("inbound", answered, {key: note.answered for key, note in model.notes.inbound.items()})
         assert len(list(self._node.datapath.maps["fragments"].items())) == len(model.fragments)
 
+    def compare_counters(self) -> None:
+        """Check that what was counted since the beginning is what the model did; ports tried are as many as may be."""
+        before, after = self._before, masqueraded(self._node.datapath)
+        grown = {key: after.flows[key].packets - before.flows[key].packets for key in after.flows}
+        assert grown == {key: self.model.counted[key] for key in grown}
+        assert after.allocations - before.allocations == self.model.allocations
+        least, most = self.model.may_have_tried
+        assert least <= self.retries() <= most
+
+    def retries(self) -> int:
+        """Return how many ports were tried since the beginning, beyond the first of each flow."""
+        return masqueraded(self._node.datapath).retries - self._before.retries
+
+    def _remembered(self, name: str) -> dict[Flow, object] | set[Flow]:
+        owner = self.model.notes if name in ("inbound", "conversations") else self.model
+        memory: dict[Flow, object] | set[Flow] = getattr(owner, name)
+        return memory
+
     def _entries(self, name: str) -> dict[Flow, Any]:
-        return {_cooked(key): value for key, value in self._node.datapath.maps[name].items()}
+        return {cooked(key): value for key, value in self._node.datapath.maps[name].items()}
 
     # ---- Paths
 
@@ -217,15 +262,15 @@ class Duel:
         if ran.outcome == "masq_out" and message.part is not Part.LATER:
             return source_port(ran.packet, message)
         if ran.outcome == "masq_out" and flow:
-            return _end(maps["flows"].get(_raw(flow)) or {}).port
-        if ran.outcome == "drop_masq_full" and flow:
+            return end(maps["flows"].get(raw(flow)) or {}).port
+        if ran.outcome == "drop_masq_full" and flow and not keeps_port(flow.protocol):
             # Of what the flow had before, it may have given back a port, as there is no room for the other half.
             mine = [
                 answer
                 for answer, owner in self.model.owners.items()
                 if owner == flow[:2] and answer.source == flow.destination
             ]
-            return next((each.destination_port for each in mine if maps["owners"].get(_raw(each)) is None), 0)
+            return next((each.destination_port for each in mine if maps["owners"].get(raw(each)) is None), 0)
         return 0
 
     def _a_second_passes(self) -> None:
@@ -235,7 +280,7 @@ class Duel:
             flows.update(key, {**flow, "checked": 0})
 
     def _node_end(self, talk: Talk, port: int) -> End:
-        return End(self.model.node[talk.length], port)
+        return talk.end(NODE[talk.family], port)
 
 
 def _listen(talk: Talk, port: int) -> socket.socket:
@@ -248,33 +293,7 @@ def _listen(talk: Talk, port: int) -> socket.socket:
     return it
 
 
-def _raw(flow: Flow) -> dict[str, object]:
-    """Return a flow as `struct tuple`."""
-    return {
-        "source": word(ip_address(flow.source)),
-        "source_port": socket.htons(flow.source_port),
-        "destination": word(ip_address(flow.destination)),
-        "destination_port": socket.htons(flow.destination_port),
-        "protocol": flow.protocol,
-    }
-
-
-def _cooked(key: Mapping[str, Any]) -> Flow:
-    """Return a `struct tuple` as a flow."""
-    ports = [socket.ntohs(key[name]) for name in ("source_port", "destination_port")]
-    ends = [_address(key[name]) for name in ("source", "destination")]
-    return Flow(ends[0], ports[0], ends[1], ports[1], key["protocol"])
-
-
-def _end(value: Mapping[str, Any]) -> End:
-    return End(_address(value["address"]), socket.ntohs(value["port"]))
-
-
 def _same(name: str, held: Mapping[Flow, object], expected: Mapping[Flow, object]) -> None:
     assert held == expected, (
         f"{name}: program {held.items() - expected.items()}, model {expected.items() - held.items()}"
     )
-
-
-def _address(raw: Mapping[str, Any]) -> bytes:
-    return packed(text(raw))

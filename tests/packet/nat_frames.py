@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-from .nat_words import TCP, UDP, Fate, Message, Part
+from scapy.layers.sctp import crc32c
+
+from .nat_words import ICMP, PORTLESS, SCTP, TCP, UDP, Fate, Message, Part
 
 TCP_HEADER, UDP_HEADER = 20, 8
 SPLIT = 24
@@ -16,9 +18,6 @@ _PACKET_TOO_BIG = {4: (3, 4), 16: (2, 0)}
 
 _ECHO = {4: (8, 0), 16: (128, 129)}
 """Types of request and reply."""
-
-ICMP = {4: 1, 16: 58}
-"""Protocol numbers, by the length of addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +58,34 @@ def frame(message: Message, body: Body, source_mac: bytes, destination_mac: byte
 
 
 def changed(message: Message, fate: Fate) -> Message:
-    """Return a message as it leaves a program: where an error is changed, what it quotes is on the other side."""
+    """Return a message as it leaves a program: where an error is changed, what it quotes is on the other side.
+
+    An error that is not the pod's own, but about what the pod was to get, stays its sender's.
+    """
     about = message.about
     if fate.source:
         address, port = fate.source
         if about:
+            sender = address if about.destination == message.source else message.source
             about = replace(about, destination=address, destination_port=port)
-        message = replace(message, source=address, source_port=port, about=about)
+            return replace(message, source=sender, about=about)
+        message = replace(message, source=address, source_port=port)
     if fate.destination:
         address, port = fate.destination
         if about:
             about = replace(about, source=address, source_port=port)
-        message = replace(message, destination=address, destination_port=port, about=about)
+            return replace(message, destination=address, about=about)
+        message = replace(message, destination=address, destination_port=port)
     return message
 
 
 def source_port(packet: bytes, message: Message) -> int:
-    """Return the source port, or an echo request's identifier, in the frame of such a message."""
+    """Return the source port, or an echo request's identifier, in the frame of such a message; 0 if it has none."""
+    if message.protocol in PORTLESS:
+        return 0
     at = 14 + (20 if len(message.source) == 4 else 40)
     at += 8 if len(message.source) == 16 and message.is_fragment else 0
-    at += 0 if message.protocol in (TCP, UDP) else 4
+    at += 4 if message.protocol in ICMP.values() else 0
     return int.from_bytes(packet[at : at + 2], "big")
 
 
@@ -101,6 +108,11 @@ def _transport(message: Message, body: Body) -> bytes:
     if message.protocol == UDP:
         plain = struct.pack("!HHHH", *ports, UDP_HEADER + len(body.data), 0) + body.data
         return _summed(message, plain, 6) if body.has_checksum or len(message.source) == 16 else plain
+    if message.protocol == SCTP:
+        header, end = struct.pack("!HHI", *ports, 0x12345678), bytes([0, 3, 0, 4 + len(body.data)]) + body.data
+        return header + struct.pack("!I", crc32c(header + bytes(4) + end)) + end
+    if message.protocol not in ICMP.values():
+        return body.data
     kind = _ECHO[len(message.source)][message.is_echo_reply]
     identifier = message.destination_port if message.is_echo_reply else message.source_port
     return _summed(message, struct.pack("!BBHHH", kind, 0, 0, identifier, 3) + body.data, 2)

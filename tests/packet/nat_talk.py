@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from .harness import A, Pod
-from .nat_frames import ICMP, Body, frame
-from .nat_words import TCP, UDP, End, Message, Part
+from .nat_frames import Body, frame
+from .nat_words import AH, GRE, ICMP, PORTLESS, SCTP, TCP, UDP, End, Message, Part
 from .world import OTHER, WORLD
 
-KINDS = ("tcp", "udp", "echo")
+KINDS = ("tcp", "udp", "echo", "sctp", "gre", "ah")
 FAMILIES = (4, 6)
 FLAGS = ("S", "SA", "A", "FA", "R", "RA")
 PORTS = range(60000, 60006)
@@ -19,6 +19,7 @@ PORTS = range(60000, 60006)
 POD_PORTS = (60000, 60001, 60003, 60005, 1111, 2222, 3333, 4444, 5555)
 
 _DATA = bytes(range(7, 48))
+_PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP, "gre": GRE, "ah": AH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,12 @@ class Talk:
     @property
     def protocol(self) -> int:
         """The protocol's number."""
-        return {"tcp": TCP, "udp": UDP}.get(self.kind, ICMP[self.length])
+        return _PROTOCOLS.get(self.kind, ICMP[self.length])
+
+    @property
+    def has_ports(self) -> bool:
+        """Whether its packets have any."""
+        return self.protocol not in (*PORTLESS, AH)
 
     @property
     def length(self) -> int:
@@ -44,12 +50,16 @@ class Talk:
     @property
     def pod_end(self) -> End:
         """The pod's side."""
-        return End(packed(self.pod.ipv4 if self.family == 4 else self.pod.ipv6), self.port)
+        return self.end(self.pod.ipv4 if self.family == 4 else self.pod.ipv6, self.port)
 
     @property
     def remote_end(self) -> End:
         """The other side."""
-        return End(packed((WORLD, OTHER)[self.remote][self.family]), 0 if self.kind == "echo" else 443)
+        return self.end((WORLD, OTHER)[self.remote][self.family], 0 if self.kind == "echo" else 443)
+
+    def end(self, address: str, port: int) -> End:
+        """Return an end that has this port, if it can have one."""
+        return End(packed(address), port if self.has_ports else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,50 +6,42 @@ from dataclasses import dataclass
 from enum import Enum, Flag, auto
 from typing import NamedTuple
 
-TCP, UDP = 6, 17
+TCP, UDP, SCTP, GRE, AH = 6, 17, 132, 47, 51
+ICMP = {4: 1, 16: 58}
+"""By the length of addresses."""
+
+PORTLESS = frozenset({GRE, 50, 4, 41, 115})
+"""What encapsulates other packets: beside GRE, ESP, IPIP, IPv6 and L2TP."""
+
+_NAMES = {TCP: "tcp", UDP: "udp", ICMP[4]: "icmp", ICMP[16]: "icmp"}
 
 
-class Part(Enum):
-    """How much of a datagram a packet is."""
-
-    WHOLE = auto()
-    FIRST = auto()
-    LATER = auto()
-    """No ports in it."""
+def family_of(protocol: int) -> str:
+    """Return under which name packets of a protocol are counted."""
+    return _NAMES.get(protocol, "other")
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What of a packet matters to NAT. Addresses are bytes, 4 or 16.
+def is_known(protocol: int) -> bool:
+    """Say whether flows of that protocol can be masqueraded."""
+    return protocol in _NAMES or keeps_port(protocol)
 
-    Of an echo, the identifier is the port of the side that asks; the other side has port 0.
-    """
 
-    protocol: int
-    source: bytes
-    source_port: int
-    destination: bytes
-    destination_port: int
-    syn: bool = False
-    ack: bool = False
-    fin: bool = False
-    rst: bool = False
-    is_echo_reply: bool = False
-    has_ports: bool = True
-    part: Part = Part.WHOLE
-    identification: int = 0
-    about: Message | None = None
-    """The packet that an ICMP error quotes; the ports above are then unused."""
+def is_other(protocol: int) -> bool:
+    """Say whether the configuration has a rule for that protocol."""
+    return protocol not in _NAMES
 
-    @property
-    def is_fragment(self) -> bool:
-        """Whether it is not a whole datagram."""
-        return self.part is not Part.WHOLE
 
-    @property
-    def opens(self) -> bool:
-        """Whether it is TCP's first."""
-        return self.syn and not self.ack
+def keeps_port(protocol: int) -> bool:
+    """Say whether a flow of that protocol cannot have another port than the pod's."""
+    return protocol == SCTP or protocol in PORTLESS
+
+
+class Rule(Enum):
+    """What becomes of protocols other than TCP, UDP and ICMP; the names are those of the C, without OTHER_."""
+
+    DROP = auto()
+    MASQUERADE = auto()
+    STACK = auto()
 
 
 class Flow(NamedTuple):
@@ -65,6 +57,68 @@ class Flow(NamedTuple):
     def reverse(self) -> Flow:
         """The same flow as the other side's packets show it."""
         return Flow(self.destination, self.destination_port, self.source, self.source_port, self.protocol)
+
+
+class Part(Enum):
+    """How much of a datagram a packet is."""
+
+    WHOLE = auto()
+    FIRST = auto()
+    LATER = auto()
+    """No ports in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What of a packet matters to NAT. Addresses are bytes, 4 or 16.
+
+    Of an echo, the identifier is the port of the side that asks; the other side has port 0. What has no ports has 0.
+    """
+
+    protocol: int
+    source: bytes
+    source_port: int
+    destination: bytes
+    destination_port: int
+    syn: bool = False
+    ack: bool = False
+    fin: bool = False
+    rst: bool = False
+    is_echo_reply: bool = False
+    part: Part = Part.WHOLE
+    identification: int = 0
+    about: Message | None = None
+    """The packet that an ICMP error quotes; the ports above are then unused."""
+
+    @property
+    def flow(self) -> Flow:
+        """The flow that it shows."""
+        return Flow(self.source, self.source_port, self.destination, self.destination_port, self.protocol)
+
+    @property
+    def datagram(self) -> tuple[bytes, bytes, int, int]:
+        """What all fragments of a datagram have in common."""
+        return self.source, self.destination, self.identification, self.protocol
+
+    @property
+    def is_fragment(self) -> bool:
+        """Whether it is not a whole datagram."""
+        return self.part is not Part.WHOLE
+
+    @property
+    def hides_ports(self) -> bool:
+        """Whether its flow has ports, but not in this fragment."""
+        return self.part is Part.LATER and self.protocol not in PORTLESS
+
+    @property
+    def opens(self) -> bool:
+        """Whether it is TCP's first."""
+        return self.protocol == TCP and self.syn and not self.ack
+
+    @property
+    def carries_on(self) -> bool:
+        """Whether it neither begins a flow nor refuses one."""
+        return not self.opens and not self.rst and not self.about
 
 
 class State(Flag):
@@ -87,6 +141,16 @@ class End(NamedTuple):
     port: int
 
 
+def answer_to(flow: Flow, end: End) -> Flow:
+    """Return the flow of the answers to a flow that passes for that end's."""
+    return flow.reverse._replace(destination=end.address, destination_port=end.port)
+
+
+def question_of(answer: Flow, owner: End) -> Flow:
+    """Return the flow that was answered, of the end that owns the answer."""
+    return answer.reverse._replace(source=owner.address, source_port=owner.port)
+
+
 @dataclass(slots=True)
 class Mapping:
     """Whom a pod's flow passes for."""
@@ -94,6 +158,14 @@ class Mapping:
     end: End
     seen: int
     state: State = State.NEW
+
+
+@dataclass(slots=True)
+class Note:
+    """What an outsider has sent to a pod's own address."""
+
+    seen: int
+    answered: bool = False
 
 
 class Choice(NamedTuple):
@@ -121,6 +193,7 @@ class Lifetimes:
     tcp_closed: int
     udp: int
     icmp: int
+    other: int
 
     def of(self, protocol: int, state: State) -> int:
         """Return a flow's."""
@@ -128,4 +201,6 @@ class Lifetimes:
             return self.tcp_closed
         if protocol == TCP:
             return self.tcp_established if State.REPLIED in state else self.tcp_open
-        return self.udp if protocol == UDP else self.icmp
+        if protocol == UDP:
+            return self.udp
+        return self.icmp if protocol in ICMP.values() else self.other

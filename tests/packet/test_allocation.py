@@ -93,7 +93,8 @@ def node(large_node: Node) -> Node:
 def test_three_quarters_in_use(node: Node) -> None:
     """With 75 % of the ports to one destination in use, under churn, less than 0.1 % of 10,000 new flows fail.
 
-    No two flows have one port, and those in use are scattered as chance would have it: probes do not die in clusters.
+    No two flows have one port, and those in use are scattered as chance would have it: probes do not die in clusters
+    (cilium#42870).
     """
     destination = Destination(node)
     left = destination.fill(0.75)

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from agent.collector import Collector
+from agent.collector import Census, Collector
 from agent.datapath.entries import from_address
+from agent.datapath.libbpf import possible_cpus
 from agent.datapath.loader import Datapath, load
 from agent.datapath.object import Object
-from agent.expiry import ICMP, ICMPV6, TCP, UDP
+from agent.datapath.tables import masqueraded
+from agent.expiry import GRE, ICMP, ICMPV6, SCTP, TCP, UDP
+from agent.metrics import Metrics
 from agent.state import Address, Settings
 
 SIZE = 4096
@@ -27,6 +30,8 @@ SETTINGS = Settings(
     tcp_closed=60,
     udp=300,
     icmp=50,
+    other=600,
+    other_protocols="masquerade",
     stack_routes=False,
 )
 POD: dict[int, Address] = {4: IPv4Address("10.1.0.10"), 6: IPv6Address("fd00::a")}
@@ -110,6 +115,23 @@ def sizes(datapath: Datapath) -> tuple[int, int]:
     return len(list(datapath.maps["flows"].items())), len(list(datapath.maps["owners"].items()))
 
 
+def census(collector: Collector) -> Census:
+    """Return what the last scan left."""
+    assert collector.census
+    return collector.census
+
+
+def series_of(datapath: Datapath, collector: Collector) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Return what a scrape finds, by name and label values in the labels' alphabetical order."""
+    metrics = Metrics("1")
+    metrics.watch_masquerade(collector, lambda: masqueraded(datapath), dict)
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+    }
+
+
 def states(datapath: Datapath) -> dict[str, int]:
     """Return the bits of a flow's state."""
     return {name.removeprefix("FLOW_"): bit for name, bit in datapath.constants.items() if name.startswith("FLOW_")}
@@ -126,6 +148,9 @@ def states(datapath: Datapath) -> dict[str, int]:
         (UDP, ["REPLIED"], 300),
         (ICMP, [], 50),
         (ICMPV6, [], 50),
+        (SCTP, ["REPLIED"], 600),
+        (GRE, [], 600),
+        (255, [], 600),
     ],
 )
 def test_expired_and_not(
@@ -157,7 +182,7 @@ def test_flow_that_is_just_being_made(datapath: Datapath, collector: Collector) 
 def test_flow_that_comes_back_to_life(
     datapath: Datapath, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A packet between the scan and the deletion saves its flow."""
+    """A packet between the scan and the deletion saves its flow (cilium#46298)."""
     put(datapath, 1, UDP, idle=400)
     flows = datapath.maps["flows"]
     read = flows.batches
@@ -176,7 +201,10 @@ def test_flow_that_comes_back_to_life(
 def test_flow_that_is_made_again_at_once(
     datapath: Datapath, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A packet between the deletion of the two halves makes the flow again, and the collector leaves both halves."""
+    """A packet between the deletion of the two halves makes the flow again, and the collector leaves both halves.
+
+    cilium#46298, calico#9356
+    """
     put(datapath, 1, UDP, idle=400)
     flows, owners = datapath.maps["flows"], datapath.maps["owners"]
     delete = owners.delete_bytes
@@ -209,14 +237,16 @@ def test_orphans(datapath: Datapath, collector: Collector) -> None:
     for number in (1, 2):
         put(datapath, number, UDP, idle=0)
         datapath.maps["flows"].delete(flow(number, UDP)[0])
-    for _ in range(4):
+    for _ in range(16):
         collector.scan()
     assert sizes(datapath) == (0, 2)
+    assert census(collector).fill["owners"] == 2 / SIZE
     put(datapath, 2, UDP, idle=0)
-    for _ in range(4):
+    for _ in range(16):
         collector.scan()
     assert sizes(datapath) == (1, 1)
     assert collector.collected == {"flow": 0, "orphan": 1}
+    assert census(collector).fill["owners"] == 1 / SIZE
 
 
 def test_census(datapath: Datapath, collector: Collector) -> None:
@@ -227,16 +257,94 @@ def test_census(datapath: Datapath, collector: Collector) -> None:
         put(datapath, number, UDP, idle=0, version=6)
     for number in range(20):
         put(datapath, number, ICMP, idle=0, far=ip_address(f"203.0.113.{number}"))
+    assert collector.census is None
     collector.scan()
-    census = collector.census
-    assert census.flows == {TCP: 100, UDP: 50, ICMP: 20}
-    assert census.fill == {"flows": 170 / SIZE, "owners": 170 / SIZE}
-    assert list(census.destinations.items())[:2] == [((FAR[4], 443, TCP), 100), ((FAR[6], 443, UDP), 50)]
-    assert len(census.destinations) == 10
+    found = census(collector)
+    assert found.flows == {TCP: 100, UDP: 50, ICMP: 20}
+    assert found.fill == {"flows": 170 / SIZE, "owners": 170 / SIZE}
+    assert list(found.destinations.items())[:2] == [((FAR[4], 443, TCP), 100), ((FAR[6], 443, UDP), 50)]
+    assert len(found.destinations) == 10
+
+
+def test_census_is_of_what_is_left(datapath: Datapath, collector: Collector) -> None:
+    """What a scan collects is not in its own census, neither by protocol, nor by map, nor by destination."""
+    for number in range(30):
+        put(datapath, number, UDP, idle=0 if number < 10 else 400)
+    for number in range(20):
+        put(datapath, number, ICMP, idle=400, far=ip_address(f"203.0.113.{number}"))
+    collector.scan()
+    assert collector.collected["flow"] == 40
+    assert sizes(datapath) == (10, 10)
+    assert census(collector) == Census({UDP: 10}, {"flows": 10 / SIZE, "owners": 10 / SIZE}, {(FAR[4], 443, UDP): 10})
+
+
+def test_census_before_the_owners_are_counted(
+    datapath: Datapath, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many flows there are is known as soon as those are counted; how full the other map is, not before it is."""
+    put(datapath, 1, UDP, idle=0)
+    owners, seen = datapath.maps["owners"], []
+    read = owners.batches
+
+    def then_look() -> Iterator[tuple[bytes, bytes]]:
+        seen.append(census(collector).fill)
+        yield from read()
+
+    monkeypatch.setattr(owners, "batches", then_look)
+    collector.scan()
+    assert seen == [{"flows": 1 / SIZE}]
+    assert census(collector).fill == {"flows": 1 / SIZE, "owners": 1 / SIZE}
+
+
+def test_metrics_before_the_first_scan(datapath: Datapath, collector: Collector) -> None:
+    """Until flows have been counted there is no series of them, rather than a wrong 0; then there is one of each."""
+    names = ("podlane_masquerade_flows", "podlane_map_fill_ratio", "podlane_masquerade_destination_ports")
+    assert not {name for name, _ in series_of(datapath, collector)} & set(names)
+    put(datapath, 1, SCTP, idle=0)
+    put(datapath, 2, UDP, idle=400)
+    collector.scan()
+    found = series_of(datapath, collector)
+    assert found["podlane_masquerade_flows", ("sctp",)] == 1
+    assert {labels for (name, labels), value in found.items() if name == names[0] and value == 0} == {
+        (protocol,) for protocol in ("tcp", "udp", "icmp", "icmpv6", "gre", "esp", "ipip", "ipv6", "l2tp")
+    }
+    assert found["podlane_map_fill_ratio", ("flows",)] == found["podlane_map_fill_ratio", ("owners",)] == 1 / SIZE
+    assert found["podlane_masquerade_destination_ports", ("198.51.100.1:443/sctp",)] == 1
+
+
+def test_metrics_of_an_unheard_of_protocol(datapath: Datapath, collector: Collector) -> None:
+    """A flow of a protocol without a name here is counted under its number."""
+    put(datapath, 1, 99, idle=0)
+    collector.scan()
+    found = series_of(datapath, collector)
+    assert found["podlane_masquerade_flows", ("99",)] == 1
+    assert found["podlane_masquerade_destination_ports", ("198.51.100.1:443/99",)] == 1
+
+
+def test_metrics_of_masqueraded_packets(datapath: Datapath, collector: Collector) -> None:
+    """What the datapath counts on every CPU is summed, and has the labels that its counters' names say."""
+    tcp, other = {"packets": 1, "bytes": 100}, {"packets": 2, "bytes": 50}
+    cpus = possible_cpus()
+    one = {"tcp_out": tcp, "other_in": other, "allocations": 3, "retries": 4}
+    datapath.maps["masqueraded"].update(0, [one] * cpus)
+    found = series_of(datapath, collector)
+    protocols, directions = ("tcp", "udp", "icmp", "other"), ("out", "in")
+    for what in ("packets", "bytes"):
+        name = f"podlane_masqueraded_{what}_total"
+        labels = {labels for series, labels in found if series == name}
+        assert labels == {(direction, protocol) for direction in directions for protocol in protocols}
+        assert found[name, ("out", "tcp")] == tcp[what] * cpus
+        assert found[name, ("in", "other")] == other[what] * cpus
+        assert found[name, ("in", "tcp")] == 0
+    assert found["podlane_masquerade_allocations_total", ()] == 3 * cpus
+    assert found["podlane_masquerade_retries_total", ()] == 4 * cpus
 
 
 def test_busy_destination_among_many(datapath: Datapath, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many destinations there are, few are remembered at a time, and the busiest is among them."""
+    """However many destinations there are, few are remembered at a time, and the busiest is among them.
+
+    cilium#20955
+    """
     monkeypatch.setattr("agent.collector._DESTINATIONS", 300)
     monkeypatch.setattr("agent.collector._KEPT_DESTINATIONS", 100)
     for number in range(1500):
@@ -244,7 +352,7 @@ def test_busy_destination_among_many(datapath: Datapath, collector: Collector, m
     for number in range(1000):
         put(datapath, number, TCP, idle=0)
     collector.scan()
-    (busiest, ports), *_ = collector.census.destinations.items()
+    (busiest, ports), *_ = census(collector).destinations.items()
     assert busiest == (FAR[4], 443, TCP)
     assert ports > 900
 

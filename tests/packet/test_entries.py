@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agent.datapath.entries import AddressTable, PrefixTable, SettingsTable, UplinkTable
 from agent.datapath.loader import Datapath, load
 from agent.datapath.object import Object
-from agent.state import Lanes, Network, Settings, Sources, Table
+from agent.state import Lanes, Network, OtherProtocols, Settings, Sources, Table
 
 SIZES = {"uplinks": 16, "node_addresses": 16, "prefixes": 64}
 
@@ -60,11 +60,21 @@ def test_node_addresses(datapath: Datapath) -> None:
 
 def test_settings(datapath: Datapath) -> None:
     """The one entry is there from the start, with zeros, and takes what it is given."""
-    table = SettingsTable(datapath.maps["settings"])
-    assert table.read() == {0: Settings(0, 0, 0, 0, 0, 0, 0, False)}
-    wanted = {0: Settings(1, 65535, 3, 4, 5, 6, 7, True)}
-    assert table.upsert(wanted) == {}
-    assert table.read() == wanted
+    constants = datapath.constants
+    choices = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
+    table = SettingsTable(datapath.maps["settings"], other_protocols=choices)
+    assert table.read() == {0: Settings(0, 0, 0, 0, 0, 0, 0, 0, "drop", False)}
+    for choice in choices:
+        wanted = {0: Settings(1, 65535, 3, 4, 5, 6, 7, 8, choice, True)}
+        assert table.upsert(wanted) == {}
+        assert table.read() == wanted
+
+
+def test_unknown_choice(datapath: Datapath) -> None:
+    """What no agent of this version has written is no choice, and so is written again."""
+    datapath.maps["settings"].update(0, {"other_protocols": 99})
+    table = SettingsTable(datapath.maps["settings"], other_protocols={"drop": 0})
+    assert table.read()[0].other_protocols == "unknown:99"
 
 
 @pytest.mark.parametrize("lanes", [Lanes(), Lanes(native=True), Lanes(stack=True), Lanes(native=True, stack=True)])

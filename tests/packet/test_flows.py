@@ -1,4 +1,4 @@
-"""The life of masqueraded flows: ports, their two halves, exhaustion, TCP's states, notes of who opened what.
+"""The life of masqueraded flows: ports, their two halves, exhaustion, TCP's states.
 
 The numbers in brackets are failures that others reported; the test would show that one here.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 
 import pytest
 
-from .harness import A, B, Pod, Ran
+from .cases import BELOW, BY_FAMILY, EACH, IN_RANGE, WITH_SOCKETS, back, opened, out
+from .harness import PASS, A, B
 from .world import (
-    FAMILIES,
-    KINDS,
     NODE,
     OTHER,
     Node,
@@ -32,28 +30,8 @@ from .world import (
 
 pytestmark = pytest.mark.root
 
-EACH = pytest.mark.parametrize(("kind", "family"), list(product(KINDS, FAMILIES)))
-BY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-PORT = 50000
 REPLIED, FIN_OUT, FIN_IN, RESET = 1, 2, 4, 8
 LONG_AGO = 1  # ns after boot, or the tick of that time
-
-
-def out(node: Node, kind: str, family: int, port: int = PORT, *, pod: Pod = A, flags: str = "S") -> Ran:
-    """Send a packet of a pod's to the world."""
-    return node.out(leaving(family, address_of(pod, family)) / request(kind, family, port, flags=flags))
-
-
-def back(node: Node, kind: str, family: int, port: int = PORT, *, flags: str = "SA") -> Ran:
-    """Send an answer to a port of the node's."""
-    return node.into(arriving(family, NODE[family]) / answer(kind, family, port, flags=flags))
-
-
-def moved(ran: Ran, kind: str, family: int) -> int:
-    """Return the port with which a packet left."""
-    assert ran.outcome == "masq_out"
-    return source_port(kind, ran.packet, family)
 
 
 def state(node: Node) -> int:
@@ -67,46 +45,52 @@ def state(node: Node) -> int:
 
 @EACH
 def test_a_lost_answers_half_is_put_back(node: Node, kind: str, family: int) -> None:
-    """If the answers' half is lost, the flow keeps its port, and answers arrive again (cilium#29305, #37747)."""
-    port = moved(out(node, kind, family, 1234), kind, family)
+    """If the answers' half is lost, the flow keeps its port, and answers arrive again.
+
+    cilium#29305, #34833, #35304: a map that evicts lost one half of a pair, and answers were dropped.
+    """
+    port = opened(node, kind, family, BELOW)
     node.alter("owners")
     assert back(node, kind, family, port).outcome == "fwd_host_in"
     node.alter("flows", checked=LONG_AGO)  # the other half is looked for once a second
-    assert moved(out(node, kind, family, 1234), kind, family) == port
+    assert opened(node, kind, family, BELOW) == port
     assert back(node, kind, family, port).outcome == "masq_in"
 
 
 @EACH
 def test_a_lost_pods_half_is_put_back(node: Node, kind: str, family: int) -> None:
-    """If the pod's half is lost, an answer puts it back, and so does a packet of the pod's: the port is the same."""
-    port = moved(out(node, kind, family, 1234), kind, family)
+    """If the pod's half is lost, an answer puts it back, and so does a packet of the pod's: the port is the same.
+
+    cilium#36572, #37747: the flow got another port, and the other side reset the connection.
+    """
+    port = opened(node, kind, family, BELOW)
     before = node.entries("flows").keys()
     node.alter("flows")
     assert back(node, kind, family, port).outcome == "masq_in"
     assert node.entries("flows").keys() == before
-    assert moved(out(node, kind, family, 1234), kind, family) == port
+    assert opened(node, kind, family, BELOW) == port
 
 
 @BY_FAMILY
 def test_a_pod_finds_its_lost_half(node: Node, family: int) -> None:
     """Without its own half a pod gets its chosen port again, not another: it is still the owner of that one."""
-    assert moved(out(node, "udp", family), "udp", family) == PORT
+    assert opened(node, "udp", family) == IN_RANGE
     node.alter("flows")
-    assert moved(out(node, "udp", family), "udp", family) == PORT
+    assert opened(node, "udp", family) == IN_RANGE
     assert len(node.entries("owners")) == 1
 
 
 @EACH
 def test_a_port_lost_to_another(node: Node, kind: str, family: int) -> None:
     """A flow whose port was given to another pod meanwhile takes a new one: answers never go to the wrong pod."""
-    assert moved(out(node, kind, family), kind, family) == PORT
+    assert opened(node, kind, family) == IN_RANGE
     node.alter("owners")
-    assert moved(out(node, kind, family, pod=B), kind, family) == PORT
+    assert opened(node, kind, family, pod=B) == IN_RANGE
     node.alter("flows", checked=LONG_AGO)
-    port = moved(out(node, kind, family), kind, family)
-    assert port != PORT
-    for pod, its_port in ((A, port), (B, PORT)):
-        expected = built(delivered(family, pod) / answer(kind, family, PORT))
+    port = opened(node, kind, family)
+    assert port != IN_RANGE
+    for pod, its_port in ((A, port), (B, IN_RANGE)):
+        expected = built(delivered(family, pod) / answer(kind, family, IN_RANGE))
         assert back(node, kind, family, its_port).packet == expected
     assert len(node.entries("flows")) == len(node.entries("owners")) == 2
 
@@ -121,7 +105,7 @@ def test_the_node_changes_its_address(node: Node, kind: str, family: int) -> Non
     node.datapath.maps["owners"].update({**key, "destination": word(former)}, owner)
     node.alter("flows", checked=LONG_AGO, address=word(former))
     ran = out(node, kind, family)
-    assert ran.packet == built(leaving(family, NODE[family]) / request(kind, family, PORT))
+    assert ran.packet == built(leaving(family, NODE[family]) / request(kind, family, IN_RANGE))
     assert [owner[2] for owner in node.entries("owners")] == [NODE[family]]
 
 
@@ -144,7 +128,7 @@ def test_exhaustion(node: Node, kind: str, family: int) -> None:
     assert out(node, kind, family, 2000).outcome == "drop_masq_exhausted"
     assert len(node.entries("flows")) == len(node.entries("owners")) == 4
     for wanted, port in ports.items():
-        assert moved(out(node, kind, family, wanted), kind, family) == port
+        assert opened(node, kind, family, wanted) == port
         assert back(node, kind, family, port).outcome == "masq_in"
     elsewhere = leaving(family, address_of(A, family), OTHER[family]) / request(kind, family, 2000)
     assert node.out(elsewhere).outcome == "masq_out"
@@ -161,12 +145,12 @@ def test_probes_are_random(node: Node) -> None:
 def test_a_full_map(node: Node, family: int) -> None:
     """When the maps are full a new flow is dropped, counted apart, without leaving half a flow; others go on."""
     limit = node.datapath.maps["flows"].spec.max_entries
-    first = moved(out(node, "udp", family, 20000), "udp", family)
+    first = opened(node, "udp", family, 20000)
     for port in range(20001, 20000 + limit):
         assert out(node, "udp", family, port).outcome == "masq_out"
     assert out(node, "udp", family, 40000).outcome == "drop_masq_full"
     assert len(node.entries("flows")) == len(node.entries("owners")) == limit
-    assert moved(out(node, "udp", family, 20000), "udp", family) == first
+    assert opened(node, "udp", family, 20000) == first
 
 
 @contextmanager
@@ -180,25 +164,25 @@ def host_socket(kind: str, family: int, port: int) -> Iterator[socket.socket]:
         yield it
 
 
-@pytest.mark.parametrize(("kind", "family"), list(product(("tcp", "udp"), FAMILIES)))
+@WITH_SOCKETS
 def test_a_port_of_the_hosts(node: Node, kind: str, family: int) -> None:
-    """A port on which the host has a socket is never taken, though the pod wants it (cilium#16827, #34041)."""
-    with host_socket(kind, family, PORT):
-        assert moved(out(node, kind, family), kind, family) != PORT
-        assert back(node, kind, family, PORT).outcome == "fwd_host_in"
-    assert moved(out(node, kind, family, pod=B), kind, family) == PORT
+    """A port on which the host has a socket is never taken, though the pod wants it (cilium#23604)."""
+    with host_socket(kind, family, IN_RANGE):
+        assert opened(node, kind, family) != IN_RANGE
+        assert back(node, kind, family, IN_RANGE).outcome == "fwd_host_in"
+    assert opened(node, kind, family, pod=B) == IN_RANGE
 
 
 @EACH
 def test_the_host_comes_later(node: Node, kind: str, family: int) -> None:
     """If the node itself sends from a port that a pod has, the port is the node's at once; the pod gets another."""
-    assert moved(out(node, kind, family), kind, family) == PORT
-    hosts = leaving(family, NODE[family]) / request(kind, family, PORT)
+    assert opened(node, kind, family) == IN_RANGE
+    hosts = leaving(family, NODE[family]) / request(kind, family, IN_RANGE)
     assert node.out(hosts, fast=False).outcome == "fwd_host_out"
     assert back(node, kind, family).outcome == "fwd_host_in"
     node.alter("flows", checked=LONG_AGO)
-    port = moved(out(node, kind, family), kind, family)
-    assert port != PORT
+    port = opened(node, kind, family)
+    assert port != IN_RANGE
     assert back(node, kind, family, port).outcome == "masq_in"
     assert back(node, kind, family).outcome == "fwd_host_in"
 
@@ -206,18 +190,44 @@ def test_the_host_comes_later(node: Node, kind: str, family: int) -> None:
 @BY_FAMILY
 def test_the_nodes_pings(node: Node, family: int) -> None:
     """An identifier with which the node pings a host is not a pod's for that host, though no socket tells of it."""
-    node.out(leaving(family, NODE[family]) / request("echo", family, PORT), fast=False)
-    assert moved(out(node, "echo", family), "echo", family) != PORT
+    node.out(leaving(family, NODE[family]) / request("echo", family, IN_RANGE), fast=False)
+    assert opened(node, "echo", family) != IN_RANGE
     assert back(node, "echo", family).outcome == "fwd_host_in"
     assert len(node.entries("flows")) == 1  # the node's own answers make none
 
 
-@pytest.mark.parametrize(("kind", "family"), list(product(("tcp", "udp"), FAMILIES)))
+@WITH_SOCKETS
 def test_answers_of_the_nodes_take_no_ports(node: Node, kind: str, family: int) -> None:
     """What the node answers to outsiders leaves no trace, so that no flood from outside fills the map."""
     for port in range(60000, 60010):
         node.out(leaving(family, NODE[family]) / request(kind, family, port), fast=False)
     assert node.entries("owners") == {}
+
+
+@EACH
+@pytest.mark.parametrize("port", [1, 22, 30000, 30880, 32767, 49151])
+def test_ports_of_services(node: Node, kind: str, family: int, port: int) -> None:
+    """Outside the range, where NodePorts, host ports and the node's own connections are, no flow ever has a port.
+
+    cilium#16827, #33723, kubernetes#139276: answers went to the service that has the port.
+    """
+    assert opened(node, kind, family, port) in range(49152, 65536)
+    assert back(node, kind, family, port).outcome == "fwd_host_in"
+
+
+@BY_FAMILY
+@pytest.mark.parametrize("port", [4789, 8472, 6081])
+def test_tunnels_are_not_tracked(node: Node, family: int, port: int) -> None:
+    """A tunnel's packets, whose source ports are hashes and whose answers never come there, leave no trace.
+
+    cilium#26908: they did, and ports ran out.
+    """
+    for source in range(60000, 60100):
+        ran = node.out(leaving(family, NODE[family]) / request("udp", family, source, to_port=port), fast=False)
+        assert ran.outcome == "fwd_host_out"
+        assert node.into(arriving(family, NODE[family]) / request("udp", family, source, to_port=port)).verdict == PASS
+    for name in ("flows", "owners", "inbound", "conversations", "stack_flows"):
+        assert node.entries(name) == {}
 
 
 # ---- TCP
@@ -267,14 +277,14 @@ def test_reset(node: Node, family: int, by_pod: bool) -> None:
 @BY_FAMILY
 def test_a_closed_connection_is_opened_again(node: Node, family: int) -> None:
     """A SYN opens a closed connection anew under the same port; an answer's SYN does not."""
-    port = moved(out(node, "tcp", family, 1234), "tcp", family)
+    port = opened(node, "tcp", family, BELOW)
     for flags in ("FA", "R"):
-        out(node, "tcp", family, 1234, flags=flags)
+        out(node, "tcp", family, BELOW, flags=flags)
         back(node, "tcp", family, port, flags="FA")
         closed = state(node)
         back(node, "tcp", family, port, flags="SA")
         assert state(node) == closed
-        assert moved(out(node, "tcp", family, 1234), "tcp", family) == port
+        assert opened(node, "tcp", family, BELOW) == port
         assert state(node) == 0
 
 
@@ -289,104 +299,11 @@ def test_every_packet_keeps_a_flow_alive(node: Node, kind: str, family: int) -> 
         assert flow["state"] == expected
 
 
-# ---- Flows that outsiders open
-
-
-@EACH
-def test_inbound_flows_keep_the_pods_address(node: Node, kind: str, family: int) -> None:
-    """An outsider reaches a pod under its own address, and the answer has that address and no port of the node's."""
-    pod = address_of(A, family)
-    came = node.into(arriving(family, pod) / request(kind, family, 5000))
-    assert came.outcome == "fwd_inbound"
-    assert came.packet == built(delivered(family, A) / request(kind, family, 5000))
-    replied = leaving(family, pod) / answer(kind, family, 5000)
-    assert node.out(replied).outcome == "fwd_reply"
-    assert node.entries("flows") == node.entries("owners") == {}
-
-
-@EACH
-def test_a_forged_note_opens_nothing_to_others(node: Node, kind: str, family: int) -> None:
-    """A packet from outside lets the pod answer its sender, from that port: nobody else, and from no other."""
-    pod = address_of(A, family)
-    node.into(arriving(family, pod) / request(kind, family, 5000))
-    elsewhere = leaving(family, pod, OTHER[family]) / answer(kind, family, 5000)
-    assert node.out(elsewhere).outcome in ("masq_out", "drop_masq_unsupported")
-    assert node.out(leaving(family, pod) / answer(kind, family, 5001)).outcome in ("masq_out", "drop_masq_unsupported")
-
-
-@BY_FAMILY
-def test_a_forged_note_does_not_expose_a_connection(node: Node, family: int) -> None:
-    """Whatever an outsider sent before, a connection that the pod opens is masqueraded, all of it (cilium#47425)."""
-    pod = address_of(A, family)
-    for flags in ("S", "SA", "A", "RA"):
-        node.into(arriving(family, pod) / answer("tcp", family, PORT, flags=flags))
-    assert len(node.entries("inbound")) == 1
-    for flags in ("S", "A", "PA", "FA"):
-        assert out(node, "tcp", family, flags=flags).outcome == "masq_out"
-
-
-@pytest.mark.parametrize(("kind", "family"), list(product(("udp", "tcp"), FAMILIES)))
-def test_no_note_about_a_pods_own_flow(node: Node, kind: str, family: int) -> None:
-    """What comes to the pod's address in a flow that the pod has opened itself does not end its masquerading."""
-    out(node, kind, family)
-    assert node.into(arriving(family, address_of(A, family)) / answer(kind, family, PORT)).outcome == "fwd_inbound"
-    assert node.entries("inbound") == {}
-    assert out(node, kind, family, flags="A").outcome == "masq_out"
-
-
-@BY_FAMILY
-def test_a_stale_note(node: Node, family: int) -> None:
-    """A note that was quiet for longer than UDP flows live does not let a new flow out as it is (cilium#47425)."""
-    pod = address_of(A, family)
-    node.into(arriving(family, pod) / answer("udp", family, PORT))
-    (note,) = node.entries("inbound").values()
-    second = 1_000_000_000
-    node.alter_values("inbound", note - 290 * second)
-    assert out(node, "udp", family).outcome == "fwd_reply"
-    node.alter_values("inbound", note - 310 * second)
-    assert out(node, "udp", family).outcome == "masq_out"
-
-
-@BY_FAMILY
-def test_notes_are_renewed(node: Node, family: int) -> None:
-    """Packets in either direction keep a note alive, so that an inbound flow lasts as long as it is used."""
-    pod = address_of(A, family)
-    node.into(arriving(family, pod) / answer("udp", family, PORT))
-    (note,) = node.entries("inbound").values()
-    older = note - 200 * 1_000_000_000
-    node.alter_values("inbound", older)
-    node.into(arriving(family, pod) / answer("udp", family, PORT))
-    assert next(iter(node.entries("inbound").values())) >= note
-    node.alter_values("inbound", older)
-    assert out(node, "udp", family).outcome == "fwd_reply"
-    assert next(iter(node.entries("inbound").values())) >= note
-
-
-@BY_FAMILY
-def test_a_quiet_connection_from_outside(node: Node, family: int) -> None:
-    """A connection that an outsider opened may be quiet for any time: TCP tells a new one by its SYN."""
-    pod = address_of(A, family)
-    node.into(arriving(family, pod) / request("tcp", family, 5000))
-    node.alter_values("inbound", LONG_AGO)
-    assert node.out(leaving(family, pod) / answer("tcp", family, 5000, flags="PA")).outcome == "fwd_reply"
-
-
-def test_a_flood_from_outside(node: Node) -> None:
-    """Any number of outsiders' flows leave masqueraded ones alone: theirs are elsewhere, and push out each other."""
-    port = moved(out(node, "tcp", 4), "tcp", 4)
-    for number in range(2000):
-        node.into(arriving(4, A.ipv4, OTHER[4]) / request("tcp", 4, 1024 + number, data=b""))
-    assert len(node.entries("inbound")) <= node.datapath.maps["inbound"].spec.max_entries
-    assert back(node, "tcp", 4, port).outcome == "masq_in"
-    assert out(node, "tcp", 4, 1234).outcome == "masq_out"
-    assert len(node.entries("flows")) == 2
-
-
 @BY_FAMILY
 def test_protocols_do_not_mix(node: Node, family: int) -> None:
     """The same numbers in another protocol are another flow: it may have the same port, and answers tell them apart."""
-    assert moved(out(node, "tcp", family), "tcp", family) == PORT
+    assert opened(node, "tcp", family) == IN_RANGE
     assert back(node, "udp", family).outcome == "fwd_host_in"
-    assert moved(out(node, "udp", family, pod=B), "udp", family) == PORT
-    assert back(node, "udp", family).packet == built(delivered(family, B) / answer("udp", family, PORT))
-    assert back(node, "tcp", family).packet == built(delivered(family, A) / answer("tcp", family, PORT))
+    assert opened(node, "udp", family, pod=B) == IN_RANGE
+    assert back(node, "udp", family).packet == built(delivered(family, B) / answer("udp", family, IN_RANGE))
+    assert back(node, "tcp", family).packet == built(delivered(family, A) / answer("tcp", family, IN_RANGE))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import pytest
 from scapy.all import TCP, UDP, Raw
 
 from ..support import ip
+from .cases import BY_FAMILY, EACH, IN_RANGE
 from .harness import PASS, REDIRECT, A, B
 from .world import (
     FAMILIES,
-    KINDS,
     NATIVE,
     NODE,
     OTHER,
@@ -36,13 +35,8 @@ from .world import (
 
 pytestmark = pytest.mark.root
 
-BY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-EACH = pytest.mark.parametrize(("kind", "family"), list(product(KINDS, FAMILIES)))
-
 NETWORK = {4: "203.0.113.0/24", 6: "2001:db8:9::/64"}
 """The part of the world that WORLD and OTHER are in."""
-
-PORT = 50000
 
 # ---- From a pod to an uplink
 
@@ -50,10 +44,10 @@ PORT = 50000
 @EACH
 def test_past_the_stack(node: Node, kind: str, family: int) -> None:
     """A packet to the world is sent by the host's own route; it has one hop less, a mark, and its old address still."""
-    sent = from_pod(family, ttl=64) / request(kind, family, PORT)
+    sent = from_pod(family, ttl=64) / request(kind, family, IN_RANGE)
     ran = node.leave(sent)
     assert (ran.verdict, ran.outcome, ran.mark) == (REDIRECT, "fwd_uplink", 0x706C0000)
-    assert ran.packet == built(from_pod(family, ttl=63) / request(kind, family, PORT))
+    assert ran.packet == built(from_pod(family, ttl=63) / request(kind, family, IN_RANGE))
 
 
 @BY_FAMILY
@@ -164,15 +158,15 @@ def test_native_prefixes(node: Node, kind: str, family: int) -> None:
     node.prefix(NETWORK[family], NATIVE)
     node.prefix(f"{OTHER[family]}/{32 if family == 4 else 128}", 0)
     pod = address_of(A, family)
-    assert node.out(leaving(family, pod) / request(kind, family, PORT)).outcome == "fwd_native"
-    assert node.out(leaving(family, pod, OTHER[family]) / request(kind, family, PORT)).outcome == "masq_out"
+    assert node.out(leaving(family, pod) / request(kind, family, IN_RANGE)).outcome == "fwd_native"
+    assert node.out(leaving(family, pod, OTHER[family]) / request(kind, family, IN_RANGE)).outcome == "masq_out"
 
 
 def test_everything_native(node: Node) -> None:
     """A prefix of length 0 is its own family's alone: IPv4's in its mapped form."""
     node.prefix("0.0.0.0/0", NATIVE)
-    assert node.out(leaving(4, A.ipv4) / request("udp", 4, PORT)).outcome == "fwd_native"
-    assert node.out(leaving(6, A.ipv6) / request("udp", 6, PORT)).outcome == "masq_out"
+    assert node.out(leaving(4, A.ipv4) / request("udp", 4, IN_RANGE)).outcome == "fwd_native"
+    assert node.out(leaving(6, A.ipv6) / request("udp", 6, IN_RANGE)).outcome == "masq_out"
 
 
 @BY_FAMILY
@@ -195,12 +189,15 @@ def test_multicast_is_native(node: Node, family: int) -> None:
 
 @EACH
 def test_the_address_that_the_host_would_use(node: Node, kind: str, family: int) -> None:
-    """The address is that of the route to the destination, not the uplink's first one (cilium#41866, #17463)."""
+    """The address is that of the route to the destination, not the uplink's first one.
+
+    cilium#41866, #17463, #40705
+    """
     preferred, size = {4: ("192.0.2.77", 24), 6: ("2001:db8:1::77", 64)}[family]
     ip("address", "add", f"{preferred}/{size}", "dev", UPLINK, *(["nodad"] if family == 6 else []))
     ip(f"-{family}", "route", "add", NETWORK[family], "dev", UPLINK, "src", preferred)
     try:
-        sent = request(kind, family, PORT)
+        sent = request(kind, family, IN_RANGE)
         ran = node.out(leaving(family, address_of(A, family)) / sent)
         assert ran.packet == built(leaving(family, preferred) / sent)
     finally:
@@ -211,10 +208,10 @@ def test_the_address_that_the_host_would_use(node: Node, kind: str, family: int)
 @BY_FAMILY
 def test_the_address_where_the_kernel_knows_none(node: Node, family: int) -> None:
     """Where no route tells, the agent's word for the uplink counts; without one, nothing leaves as a pod's."""
-    packet = leaving(family, address_of(A, family), UNREACHABLE[family]) / request("udp", family, PORT)
+    packet = leaving(family, address_of(A, family), UNREACHABLE[family]) / request("udp", family, IN_RANGE)
     assert node.out(packet).outcome == "drop_masq_no_address"
     node.datapath.maps["uplinks"].update(node.uplink, {f"ipv{each}": word(NODE[each]) for each in FAMILIES})
-    expected = leaving(family, NODE[family], UNREACHABLE[family]) / request("udp", family, PORT)
+    expected = leaving(family, NODE[family], UNREACHABLE[family]) / request("udp", family, IN_RANGE)
     assert node.out(packet).packet == built(expected)
 
 
@@ -252,9 +249,9 @@ def test_what_the_node_sends_leaves_no_note(node: Node, kind: str, family: int) 
 def test_a_flow_that_the_stack_sent_out(node: Node, kind: str, family: int) -> None:
     """If the stack sent a pod's packet out (a service elsewhere), the answer goes back to the stack's conntrack."""
     pod = address_of(A, family)
-    ran = node.out(leaving(family, pod) / request(kind, family, PORT), fast=False)
-    assert ran.packet == built(leaving(family, NODE[family]) / request(kind, family, PORT))
-    back = answer(kind, family, PORT)
+    ran = node.out(leaving(family, pod) / request(kind, family, IN_RANGE), fast=False)
+    assert ran.packet == built(leaving(family, NODE[family]) / request(kind, family, IN_RANGE))
+    back = answer(kind, family, IN_RANGE)
     ran = node.into(arriving(family, NODE[family]) / back)
     assert (ran.verdict, ran.outcome) == (PASS, "masq_in")
     assert ran.packet == built(arriving(family, pod) / back)

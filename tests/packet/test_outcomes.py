@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scapy.all import SCTP, UDP, Packet
+from scapy.all import UDP, Packet
 
 from agent.datapath.tables import outcomes
 
@@ -74,7 +74,7 @@ WORLDLY: dict[str, Example] = {
     "drop_masq_fragment": (nothing, OUT, leaving(4, A.ipv4, **LATER) / bytes(8)),
     "drop_masq_full": (filled, OUT, leaving(4, A.ipv4) / UDP()),
     "drop_masq_no_address": (nothing, OUT, leaving(4, A.ipv4, UNREACHABLE[4]) / UDP()),
-    "drop_masq_unsupported": (nothing, OUT, leaving(4, A.ipv4) / SCTP()),
+    "drop_masq_unsupported": (nothing, OUT, leaving(4, A.ipv4, proto=253) / bytes(8)),
 }
 """For each outcome between pods and the world: what must be, the program, and a packet."""
 

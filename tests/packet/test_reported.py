@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from itertools import product
 
 import pytest
 
+from agent.datapath.maps import Map
 from agent.datapath.object import Object
 from agent.datapath.testrun import SkBuff, run
 
+from .cases import BELOW, BY_FAMILY, IN_RANGE
 from .harness import A, B, Pod
 from .nat_duel import CAPACITY, NOTES, Duel
 from .nat_frames import Body, frame, source_port
@@ -40,8 +44,7 @@ from .world import (
 pytestmark = pytest.mark.root
 
 ROUNDS = 1000
-PORT, BELOW = 50000, 1234
-BY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+HASH = 1  # BPF_MAP_TYPE_HASH (linux/bpf.h)
 
 # ---- Two processors at once
 
@@ -90,7 +93,7 @@ def send_in_step(node: Node, shared: mmap.mmap, side: int, messages: Sequence[Me
         struct.pack_into("=H", shared, 8 + 2 * (side * len(messages) + number), source_port(ran.packet, message))
 
 
-@pytest.mark.parametrize("port", [PORT, BELOW])
+@pytest.mark.parametrize("port", [IN_RANGE, BELOW])
 def test_one_flow_on_two_processors(large_node: Node, port: int) -> None:
     """Two first packets of one flow at the same moment get one port, and no second one stays taken (cilium#40971)."""
     large_node.reset()
@@ -103,16 +106,54 @@ def test_one_flow_on_two_processors(large_node: Node, port: int) -> None:
 def test_repair_and_creation_at_once(large_node: Node) -> None:
     """While a lost half is put back another pod wants the port: one has it, the other another (cilium#40971)."""
     large_node.reset()
-    pods = {pod: [datagram(pod, PORT, 1 + number) for number in range(ROUNDS)] for pod in (A, B)}
+    pods = {pod: [datagram(pod, IN_RANGE, 1 + number) for number in range(ROUNDS)] for pod in (A, B)}
     send_at_once(large_node, pods[A], pods[A])
     large_node.alter("owners")
     large_node.alter("flows", checked=0)
     one, other = send_at_once(large_node, pods[A], pods[B])
-    assert all(PORT in pair and pair[0] != pair[1] for pair in zip(one, other, strict=True))
+    assert all(IN_RANGE in pair and pair[0] != pair[1] for pair in zip(one, other, strict=True))
     flows = {(key[3], socket.ntohs(flow["port"])): key[0] for key, flow in large_node.entries("flows").items()}
     owners = {(key[1], key[3]): text(owner["address"]) for key, owner in large_node.entries("owners").items()}
     assert len(flows) == 2 * ROUNDS
     assert flows == owners
+
+
+def test_new_flows_while_old_ones_go(large_node: Node) -> None:
+    """While flows are read and deleted by the batch all new ones find room.
+
+    cilium#35010, #47293: before Linux 6.15 an LRU map that is being read refuses new entries with EBUSY.
+    """
+    large_node.reset()
+    maps = [large_node.datapath.maps[name] for name in ("flows", "owners")]
+    assert [each.spec.type for each in maps] == [HASH, HASH]
+    child = os.fork()
+    if not child:
+        try:
+            delete_older_ones(*maps)
+        finally:
+            os._exit(1)
+    try:
+        messages = [datagram(A, BELOW, 1 + number) for number in range(5 * ROUNDS)]
+        frames = [frame(each, Body(b"?"), mac(UPLINK_MAC), mac(ROUTER_MAC)) for each in messages]
+        outcomes = Counter(large_node.out(each).outcome for each in frames)
+        left = [len(list(each.items())) for each in maps]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert outcomes == {"masq_out": len(frames)}
+    assert max(left) < len(frames)  # so there was something to get in the way of
+
+
+def delete_older_ones(*maps: Map) -> None:
+    """Go through maps for ever, and delete what was there the last time."""
+    before: dict[Map, set[bytes]] = {each: set() for each in maps}
+    while True:
+        for each in maps:
+            size = each.spec.key_size
+            keys = {batch[at : at + size] for batch, _ in each.batches() for at in range(0, len(batch), size)}
+            for key in keys & before[each]:
+                each.delete_bytes(key)
+            before[each] = keys
 
 
 # ---- Ports that come back
@@ -127,7 +168,9 @@ def duel(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_short_connections(duel: Duel) -> None:
-    """Any number of short connections to one destination find ports, few as there are: they come back (cilium#8740).
+    """Any number of short connections to one destination find ports, few as there are: they come back.
+
+    cilium#8740, #20068: the rate of new connections was limited by the ports of those that were over.
 
     A connection that both sides have closed, or one has reset, gives its port back after its time-wait; the time-out of
     a connection that is only quiet is a hundred times as long, and would have them run out (cilium#33074).
@@ -170,7 +213,7 @@ def test_full_maps_leave_others_alone(node: Node, family: int) -> None:
     assert node.out(leaving(family, address_of(A, family)) / request("udp", family, 10)).outcome == "drop_masq_full"
     pod = address_of(B, family)
     for kind in ("tcp", "udp", "echo"):
-        for port in (BELOW, PORT):
+        for port in (BELOW, IN_RANGE):
             hosts = leaving(family, NODE[family]) / request(kind, family, port)
             assert node.out(hosts, fast=False).outcome == "fwd_host_out"
             assert node.into(arriving(family, NODE[family]) / answer(kind, family, 999)).outcome == "fwd_host_in"

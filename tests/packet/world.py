@@ -63,6 +63,8 @@ SETTINGS = {
     "tcp_closed": 60,
     "udp": 300,
     "icmp": 60,
+    "other": 600,
+    "other_protocols": 1,
     "stack_routes": 0,
 }
 
@@ -76,12 +78,13 @@ SIZES = {
     "flows": 256,
     "owners": 256,
     "inbound": 256,
+    "conversations": 256,
     "stack_flows": 256,
     "fragments": 256,
 }
 """Of the maps, in entries."""
 
-_STATE = ("flows", "owners", "inbound", "fragments", "prefixes")
+_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes")
 
 
 class Node(Rig):
@@ -153,12 +156,6 @@ class Node(Rig):
                 entries.update(key, {**value, **changes})
             else:
                 entries.delete(key)
-
-    def alter_values(self, name: str, value: int) -> None:
-        """Set the value of all entries of a map whose values are numbers."""
-        entries = self.datapath.maps[name]
-        for key, _ in list(entries.items()):
-            entries.update(key, value)
 
 
 def word(address: str | IPv4Address | IPv6Address) -> Mapping[str, bytes]:

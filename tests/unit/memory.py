@@ -45,7 +45,7 @@ SECONDS = 30.0  # until a test that waits for something gives up
 
 FOREIGN: dict[str, tuple[Any, Any]] = {
     "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
-    "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, True)),
+    "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, 8, "drop", True)),
     "prefixes": (ip_network("192.0.2.0/24"), Lanes(native=True, stack=True)),
     "node_addresses": (ip_address("192.0.2.1"), 0),
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
@@ -69,7 +69,7 @@ OUTSIDE = Outside(
     uplinks={f"eth{number}": Uplink(number + 2, Sources(IPv4Address(f"198.51.100.{number}"))) for number in (0, 1)},
     node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
     prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
-    settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, False),
+    settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, 600, "masquerade", False),
 )
 """What a node sees around it."""
 

@@ -96,7 +96,16 @@ def test_switched_off() -> None:
 def test_settings_are_the_configuration() -> None:
     """Every setting is the field of its name."""
     masquerade = Masquerade(
-        first_port=1, last_port=2, tcp_open=3, tcp_established=4, tcp_closed=5, udp=6, icmp=7, stack_routes=True
+        first_port=1,
+        last_port=2,
+        tcp_open=3,
+        tcp_established=4,
+        tcp_closed=5,
+        udp=6,
+        icmp=7,
+        other=8,
+        other_protocols="stack",
+        stack_routes=True,
     )
     for name in settings(masquerade).__dataclass_fields__:
         assert getattr(settings(masquerade), name) == getattr(masquerade, name)
@@ -116,6 +125,15 @@ def test_flows_by_configuration() -> None:
     assert (sizes["flows"], sizes["owners"]) == (1000, 1000)
 
 
+@pytest.mark.parametrize("flows", [1, 1 << 16, 1 << 20, 1 << 24])
+def test_flows_size_the_other_maps(flows: int) -> None:
+    """Notes of open connections have most room, those of first packets least; none has too little to be of use."""
+    sizes = map_sizes(Masquerade(max_flows=flows), 1 << 40)
+    assert sizes["conversations"] >= max(flows // 2, 1 << 12)
+    assert sizes["stack_flows"] >= max(flows // 4, 1 << 12)
+    assert sizes["inbound"] >= max(flows // 16, 1 << 14)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -124,6 +142,8 @@ def test_flows_by_configuration() -> None:
         ({"last_port": 65536}, "less than or equal to 65535"),
         ({"udp": 0}, "greater than or equal to 1"),
         ({"udp": "300"}, "valid integer"),
+        ({"other": 0}, "greater than or equal to 1"),
+        ({"other_protocols": "punt"}, "'masquerade', 'stack' or 'drop'"),
         ({"max_flows": -1}, "greater than or equal to 0"),
         ({"non_masquerade_cidrs": ["10.0.0.1/8"]}, "has host bits set"),
         ({"service_cidrs": ["::ffff:10.0.0.0/104"]}, "give an IPv4 prefix"),

@@ -154,7 +154,7 @@ def test_own_subnets_are_unreachable() -> None:
 
 def test_outside() -> None:
     """An uplink has two programs and its addresses; addresses, prefixes and settings are as they are given."""
-    settings = Settings(1, 2, 3, 4, 5, 6, 7, False)
+    settings = Settings(1, 2, 3, 4, 5, 6, 7, 8, "stack", False)
     sources = Sources(IPv4Address("192.0.2.1"), None)
     prefixes: dict[Network, Lanes] = {ip_network("10.0.0.0/8"): Lanes(native=True)}
     outside = Outside(
