@@ -94,7 +94,7 @@ class Node:
                 requested=source.requested,
                 sticky=source.sticky,
                 pod_name=_pod_name(call),
-                masquerade=call.config.ip_masq,
+                masquerade=call.config.masquerade,
                 origin=_origin(request),
             )
             if call.requested_mac:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
@@ -107,9 +108,10 @@ def _plan_outside(desired: State, outside: Outside) -> None:
 def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside) -> None:
     mac = inside.macs.get(ifindex, pod.mac)
     subnets = [each for each in pod.subnets if each in inside.subnets]
+    endpoint = Endpoint(ifindex, mac, native=pod.masquerade is False, network=_network_number(pod))
     for address in pod.addresses:
         gateway = next((each.gateway for each in subnets if address in each.network), None)
-        desired.endpoints[address] = Endpoint(ifindex, mac)
+        desired.endpoints[address] = endpoint
         desired.neighbours[Neighbour(address, ifindex)] = mac
         desired.routes[address] = HostRoute(ifindex, gateway)
         if gateway is not None:
@@ -118,7 +120,18 @@ def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside) -> N
     if any(address.version == 6 for address in pod.addresses):
         # An endpoint, so that anti-spoofing knows it; link-local destinations are never forwarded. It is made of the
         # MAC address of ADD, and stays when that changes.
-        desired.endpoints[link_local(pod.mac)] = Endpoint(ifindex, mac)
+        desired.endpoints[link_local(pod.mac)] = endpoint
+
+
+def _network_number(pod: Pod) -> int:
+    """Return the number of the pod's network: 0 for the flat one, else 32 bits of the name's hash.
+
+    A network is one of its own where no gateway leads out of its subnets: on a bridge such pods reach each other only.
+    """
+    wide = [each for each in pod.subnets if each.network.num_addresses > 1]
+    if not wide or any(each.gateway is not None for each in wide):
+        return 0
+    return int.from_bytes(hashlib.sha256(pod.attachment.network.encode()).digest()[:4], "big") or 1
 
 
 def link_local(mac: str) -> IPv6Address:

@@ -31,6 +31,10 @@ class Endpoint:
 
     ifindex: int
     mac: str
+    native: bool = False
+    """Never masqueraded."""
+    network: int = 0
+    """0: the flat network of all pods; others are reached from their own only."""
 
 
 @dataclass(frozen=True, slots=True)

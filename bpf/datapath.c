@@ -58,6 +58,8 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
         return leave(skb, packet);
+    if (endpoint->network != packet->network)
+        return drop(skb, OUTCOME(drop_other_network));
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
     return deliver(skb, packet, endpoint, OUTCOME(fwd_local));
@@ -107,7 +109,7 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct t
     if (known && is_reply(packet, transport))
         return punt(skb, OUTCOME(fwd_reply));
     __u32 rule = rule_for(packet, transport);
-    if (is_native(packet) || (rule == OTHER_STACK && !fast))
+    if (packet->native || is_native(packet) || (rule == OTHER_STACK && !fast))
         return punt(skb, OUTCOME(fwd_native));
     if (known && rule == OTHER_MASQUERADE)
         return masquerade(skb, packet, transport);
@@ -133,6 +135,7 @@ int to_uplink(struct __sk_buff *skb)
     bool known = identify(skb, &packet, &transport);
     struct endpoint *pod = endpoints.lookup(&packet.source);
     if (pod) {
+        packet.native = pod->native;
         if (known)
             remember_ports(&transport);
         if (known && !fast)

@@ -20,7 +20,9 @@ struct addr {
 struct endpoint {
     __u32 ifindex;
     __u8 mac[ETH_ALEN];
-    __u16 via_stack; /* written by the datapath: some flow of this pod's is in `stack_flows` */
+    __u8 via_stack; /* written by the datapath: some flow of this pod's is in `stack_flows` */
+    __u8 native;    /* 1: never masqueraded, as its network's configuration says */
+    __u32 network;  /* 0: the flat network of all pods; else one of its own, to which no other is routed */
 };
 
 /*
@@ -151,6 +153,7 @@ struct outcomes {
     struct counter drop_masq_full;
     struct counter drop_masq_no_address;
     struct counter drop_masq_unsupported;
+    struct counter drop_other_network; /* from_pod: for a pod of a network to which its own is not routed */
     struct counter drop_spoofed_address;
     struct counter drop_spoofed_arp;
     struct counter drop_spoofed_mac;

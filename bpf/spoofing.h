@@ -29,6 +29,7 @@ static __u64 spoofed_source(struct __sk_buff *skb, struct packet *packet)
     if (!same_mac(owner->mac, packet->source_mac))
         return OUTCOME(drop_spoofed_mac);
     packet->via_stack = owner->via_stack;
+    packet->network = owner->network;
     return 0;
 }
 

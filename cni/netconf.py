@@ -162,6 +162,14 @@ class NetConf(JsonObject):
         return Dns(runtime.servers, "", runtime.searches, runtime.options) or self.given_dns.settings
 
     @property
+    def masquerade(self) -> bool | None:
+        """Whether pods of this network are masqueraded; None: as the agent's own setting says.
+
+        Absent, `ipMasq` is false with bridge and ptp. Pods of the agent's own ranges go by the agent's setting.
+        """
+        return False if self.ip_masq is None and self.ipam else self.ip_masq
+
+    @property
     def node_is_gateway(self) -> bool:
         """Whether the node has the address of the subnet's gateway: with bridge if asked for, with ptp always.
 

@@ -58,13 +58,14 @@ class EndpointTable(MapTable[Address, Endpoint]):
         return to_address(raw)
 
     def _value(self, raw: Value) -> Endpoint:
-        return Endpoint(ifindex=raw["ifindex"], mac=raw["mac"].hex(":"))
+        return Endpoint(raw["ifindex"], raw["mac"].hex(":"), native=bool(raw["native"]), network=raw["network"])
 
     def _raw_key(self, key: Address) -> Value:
         return from_address(key)
 
     def _raw_value(self, value: Endpoint) -> Value:
-        return {"ifindex": value.ifindex, "mac": bytes.fromhex(value.mac.replace(":", ""))}
+        mac = bytes.fromhex(value.mac.replace(":", ""))
+        return {"ifindex": value.ifindex, "mac": mac, "native": value.native, "network": value.network}
 
 
 class UplinkTable(MapTable[int, Sources]):

@@ -91,7 +91,7 @@ class Network:
 def network(node: Machine, tmp_path: Path) -> Iterator[Network]:
     """Return a network with host-local's addresses; nothing of it may be left in the end."""
     ipam = {"type": "host-local", "subnet": SUBNET, "routes": [{"dst": "0.0.0.0/0"}], "dataDir": str(tmp_path)}
-    it = Network(node, {"cniVersion": "1.0.0", "name": "delegated", "type": "podlane", "ipam": ipam})
+    it = Network(node, {"cniVersion": "1.0.0", "name": "delegated", "type": "podlane", "ipMasq": True, "ipam": ipam})
     yield it
     told(node, "")
     for netns in it.containers:

@@ -72,7 +72,7 @@ def stop_for_another_program(node: Machine) -> None:
 def stop_for_another_layout(node: Machine) -> None:
     """End the agent; the next one's map of endpoints is another one, since its values are larger."""
     stop(node)
-    upgrade(node, "maps.h", "    __u16 via_stack;", "    __u64 news;\n    __u16 via_stack;")
+    upgrade(node, "maps.h", "    __u8 via_stack;", "    __u64 news;\n    __u8 via_stack;")
 
 
 PROGRAMS = {"from_pod", "to_pod", "from_uplink", "to_uplink"}

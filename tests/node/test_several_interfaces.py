@@ -27,6 +27,7 @@ STORAGE: Mapping[str, Any] = {
 WAN: Mapping[str, Any] = {
     "name": "wan",
     "isDefaultGateway": True,
+    "ipMasq": True,
     "ipam": {"type": "podlane", "ranges": [[{"subnet": "10.30.0.0/24"}], [{"subnet": "fd30::/64"}]]},
 }
 """A network with default routes of its own."""

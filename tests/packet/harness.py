@@ -142,11 +142,17 @@ class Rig:
 
     def forget_stack_flows(self) -> None:
         """Forget which flows to_pod has seen: from_pod would leave their answers to the stack."""
-        notes, endpoints = self.datapath.maps["stack_flows"], self.datapath.maps["endpoints"]
+        notes = self.datapath.maps["stack_flows"]
         for key, _ in notes.items():
             notes.delete(key)
+        self.alter_endpoints(via_stack=0, native=0, network=0)
+
+    def alter_endpoints(self, pod: Pod | None = None, **fields: int) -> None:
+        """Set fields of the endpoints of one pod, by default of all."""
+        endpoints = self.datapath.maps["endpoints"]
         for key, value in endpoints.items():
-            endpoints.update(key, {**value, "via_stack": 0})
+            if pod is None or value["ifindex"] == self.indexes[pod]:
+                endpoints.update(key, {**value, **fields})
 
     def growth(self) -> dict[str, Count]:
         """Return the outcomes counted since the last call, and by how much they grew."""

@@ -36,7 +36,7 @@ def fill(datapath: Datapath) -> None:
 
 
 def test_many_live_flows(datapath_object: Object, pins: Path) -> None:
-    """To look after 200,000 flows, none of which is over, takes a few per cent of a processor."""
+    """To look after 200,000 flows, none of which is over, takes less than a tenth of a processor at the worst."""
     with load(datapath_object, pins, {"endpoints": 64, "flows": SIZE, "owners": SIZE}) as datapath:
         fill(datapath)
         collector = Collector(
@@ -54,4 +54,4 @@ def test_many_live_flows(datapath_object: Object, pins: Path) -> None:
         found = census(collector)
         assert found.flows == {UDP: FLOWS}
         _, pause = pauses(found.fill["flows"], cost)
-        assert cost / (cost + pause) < 0.05
+        assert cost / (cost + pause) < 0.1

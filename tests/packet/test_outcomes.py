@@ -12,7 +12,7 @@ from scapy.all import UDP, Packet
 from agent.datapath.tables import outcomes
 
 from .conftest import SOURCE
-from .harness import DROP, A, Ran, Rig, verdicts_of
+from .harness import DROP, A, B, Ran, Rig, verdicts_of
 from .test_to_pod import EXAMPLES
 from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, from_pod, leaving, request
 
@@ -48,6 +48,11 @@ def filled(node: Node) -> None:
         node.out(leaving(4, A.ipv4) / request("udp", 4, 20000 + port))
 
 
+def parted(node: Node) -> None:
+    """Put a pod into a network of its own."""
+    node.alter_endpoints(B, network=1)
+
+
 def nothing(_: Node) -> None:
     """Need nothing."""
 
@@ -74,6 +79,7 @@ WORLDLY: dict[str, Example] = {
     "drop_masq_fragment": (nothing, OUT, leaving(4, A.ipv4, **LATER) / bytes(8)),
     "drop_masq_full": (filled, OUT, leaving(4, A.ipv4) / UDP()),
     "drop_masq_no_address": (nothing, OUT, leaving(4, A.ipv4, UNREACHABLE[4]) / UDP()),
+    "drop_other_network": (parted, UP, from_pod(4, A, B.ipv4) / UDP()),
     "drop_masq_unsupported": (nothing, OUT, leaving(4, A.ipv4, proto=253) / bytes(8)),
 }
 """For each outcome between pods and the world: what must be, the program, and a packet."""

@@ -62,24 +62,6 @@ _ROUTES = Difference(
     f"the pod's only neighbour is its node; the other is {DEFECT}",
     refused("ADD", "a route of IPAM by another pod") | served("CHECK", "a route of IPAM"),
 )
-_MASQUERADE = Difference(
-    "`ipMasq`",
-    "false or absent: the world sees the pod's own address",
-    "whatever it says, the agent's setting holds: by default, the world sees the node's",
-    "not yet: `masquerade` in the agent's configuration is for all networks",
-    where(
-        "IPv4: pod reaches the world as",
-        "itself",
-        "the node",
-        "isGateway, no ipMasq",
-        "ipMasq absent",
-        "ipMasq false",
-        "ipMasq false, ptp",
-    )
-    | where(
-        "IPv6: pod reaches the world as", "itself", "the node", "ipMasq absent", "ipMasq false", "ipMasq false, ptp"
-    ),
-)
 _BACKEND = Difference(
     "`ipMasqBackend`",
     "unknown to 1.1.1; later versions refuse what is neither iptables nor nftables",
@@ -226,7 +208,6 @@ KEYS_DIFFER = (
     _LINK,
     _DEFAULT_ROUTE,
     _ROUTES,
-    _MASQUERADE,
     _BACKEND,
     _BRIDGE,
     _FORCE,
