@@ -12,19 +12,8 @@ from ipaddress import ip_interface
 from agent import check, netlink, podroutes, supply
 from agent.loop import Loop
 from agent.readiness import Readiness
-from agent.state import KernelError
-from agent.store import (
-    AddressNotInRange,
-    AddressTaken,
-    AttachmentExists,
-    Netns,
-    Origin,
-    Phase,
-    Pod,
-    RangeExhausted,
-    Store,
-    StoreError,
-)
+from agent.store import Netns, Origin, Phase, Pod, Store, StoreError
+from agent.translated import translated
 from agent.wiring import GATEWAYS, HOST_MAC, Wiring, device_name, netns_id, pod_mac
 from cni.call import Attachment, Call
 from cni.delegate import Refusal
@@ -81,9 +70,8 @@ class Node:
         if self._readiness.unproved:
             raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
         source = supply.of(call)
-        if not netlink.is_netns(netns):
-            raise CniError(Code.INVALID_NETNS, "CNI_NETNS is not a network namespace", call.netns_path)
-        with _translated():
+        _check_netns(netns, call)
+        with translated():
             pod = self._store.reserve(
                 call.attachment,
                 device=device_name(call.attachment),
@@ -123,7 +111,7 @@ class Node:
         if given is not None:
             default = call.config.is_default_gateway
             routes = podroutes.pod_routes(given, GATEWAYS, is_default_gateway=default)
-        with _translated():
+        with translated():
             self._wiring.create(pod, netns)
             self._loop.sync(_ADD_SECONDS)
             self._loop.check(pod)
@@ -135,7 +123,7 @@ class Node:
             return source.lease(pod, call, request)
         except Refusal:
             # Were the row kept, and the delegate's DEL as impossible as its ADD, each retry would leave one more.
-            with _translated():
+            with translated():
                 self._store.remove(pod.attachment)
             raise
 
@@ -145,7 +133,7 @@ class Node:
             return pod
         addresses = () if pod.addresses else tuple(ip.address.ip for ip in given.ips)
         subnets = podroutes.subnets(given, with_gateway=call.config.node_is_gateway)
-        with _translated():
+        with translated():
             if not self._store.assign(pod.attachment, addresses, subnets):
                 raise _deleted(pod.attachment)
         if addresses:
@@ -155,14 +143,14 @@ class Node:
 
     def commit(self, attachment: Attachment, result: Result) -> None:
         """See `cni.commands.Node`. Code 11 if a DEL came in between."""
-        with _translated():
+        with translated():
             if not self._store.activate(attachment, podroutes.encode(result.routes)):
                 raise _deleted(attachment)
         log.info("attached pod=%s", attachment)
 
     def release(self, attachment: Attachment, request: Request | None = None) -> None:
         """See `cni.commands.Node`. The addresses are free only when nothing in the kernel knows them any more."""
-        with _translated():
+        with translated():
             known = self._store.begin_release(attachment)
             pod = self._store.get(attachment) if known else None
             if pod is not None:
@@ -173,15 +161,16 @@ class Node:
                 self._wiring.forget(pod)
         supply.give_back(request, pod.origin if pod else Origin())
         if pod is not None:
-            with _translated():
+            with translated():
                 self._store.remove(attachment)
             log.info("released pod=%s", _label(pod))
 
     def check(self, call: Call, request: Request, netns: int, prev: Result) -> None:
-        """See `cni.commands.Node`. Codes 102 and 103, and those of a delegate."""
+        """See `cni.commands.Node`. Codes 8, 102 and 103, and those of a delegate."""
+        _check_netns(netns, call)
         if delegate := supply.of(call).delegate:
             delegate.check(request.env, request.stdin)
-        with _translated():
+        with translated():
             pod = self._store.get(call.attachment)
             is_active = pod is not None and pod.phase is Phase.ACTIVE
             if pod is not None and is_active and check.has_new_mac(pod, netns):
@@ -216,7 +205,7 @@ class Node:
             return []
         with self._turns:
             at_work = set(self._at_work)
-        with _translated():
+        with translated():
             settled = [pod.attachment for pod in self._store.pods() if pod.phase is not Phase.RESERVED]
         of_network = [each for each in settled if each.network == call.config.name and each not in at_work]
         return [each for each in of_network if (each.container_id, each.ifname) not in valid]
@@ -236,7 +225,7 @@ class Node:
             source.delegate.status(request.env, request.stdin)
 
     def _known(self, attachment: Attachment) -> Pod:
-        with _translated():
+        with translated():
             pod = self._store.get(attachment)
         if pod is None:
             raise _deleted(attachment)
@@ -247,26 +236,9 @@ def _deleted(attachment: Attachment) -> CniError:
     return CniError(Code.TRY_AGAIN_LATER, "the attachment was deleted while it was being made", str(attachment))
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Make CNI errors of what store and kernel say."""
-    try:
-        yield
-    except TimeoutError as error:
-        raise CniError(Code.TRY_AGAIN_LATER, str(error)) from error
-    except KernelError as error:
-        raise CniError(Code.KERNEL_REFUSED, str(error)) from error
-    except StoreError as error:
-        raise CniError(Code.IO_FAILURE, str(error)) from error
-    except AttachmentExists as error:
-        message = "the container has this interface already; DEL it first"
-        raise CniError(Code.ALREADY_ATTACHED, message, str(error)) from error
-    except RangeExhausted as error:
-        raise CniError(Code.ADDRESSES_EXHAUSTED, str(error)) from error
-    except AddressTaken as error:
-        raise CniError(Code.ADDRESS_TAKEN, str(error)) from error
-    except AddressNotInRange as error:
-        raise CniError(Code.INVALID_NETWORK_CONFIG, str(error)) from error
+def _check_netns(netns: int, call: Call) -> None:
+    if not netlink.is_netns(netns):
+        raise CniError(Code.INVALID_NETNS, "CNI_NETNS is not a network namespace", call.netns_path)
 
 
 def _pod_name(call: Call) -> str:

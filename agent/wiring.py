@@ -24,6 +24,8 @@ GATEWAYS: dict[int, Address] = {4: IPv4Address("169.254.1.1"), 6: IPv6Address("f
 HOST_MAC = "02:70:6c:61:6e:65"
 """Of every host end: locally administered, and "plane" in ASCII. Pods are links of their own, so one serves all."""
 
+_ALIAS_LENGTH = 240  # characters; the kernel takes 255 bytes (IFALIASZ), and container ids may be longer
+
 
 def device_name(attachment: Attachment) -> str:
     """Return the host end's name: the prefix and 48 bits of a hash, within IFNAMSIZ."""
@@ -55,7 +57,7 @@ class Wiring:
             pod=pod.attachment.ifname,
             pod_mac=pod.mac,
             mtu=pod.mtu,
-            alias=f"{netlink.ALIAS_PREFIX}{pod.attachment}",
+            alias=f"{netlink.ALIAS_PREFIX}{pod.attachment}"[:_ALIAS_LENGTH],
             netns=netns,
         )
         self.lift(pod)
