@@ -136,7 +136,7 @@ def _has_ipv6(pod: Pod) -> bool:
 def _opened(netns: Netns) -> Iterator[int]:
     """Open a network namespace by the path that the runtime gave, if it is still the same one."""
     try:
-        descriptor = os.open(netns.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(netns.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to be held up by a FIFO
     except OSError as error:
         raise KernelError(f"open network namespace {netns.path}: {error.strerror}") from error
     try:

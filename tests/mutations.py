@@ -307,7 +307,8 @@ def _mutate_document(rng: random.Random, document: Any) -> Any:  # noqa: ANN401 
             other, place = rng.choice(places)
             holder[key] = copy.deepcopy(other[place])
         case 4:
-            holder[key] = [copy.deepcopy(holder[key])] * rng.choice((1, 2, 40))
+            most = 40 if len(str(holder[key])) < 1000 else 2  # lest lists of lists become megabytes
+            holder[key] = [copy.deepcopy(holder[key])] * min(most, rng.choice((1, 2, 40)))
         case 5 if isinstance(holder[key], str):
             holder[key] = mutate_bytes(rng, holder[key].encode("utf-8", "replace")).decode("utf-8", "surrogateescape")
         case _:
