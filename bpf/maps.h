@@ -23,6 +23,9 @@ struct endpoint {
     __u8 via_stack; /* written by the datapath: some flow of this pod's is in `stack_flows` */
     __u8 native;    /* 1: never masqueraded, as its network's configuration says */
     __u32 network;  /* 0: the flat network of all pods; else one of its own, to which no other is routed */
+    __u32 shaper;   /* the device through whose queue all goes that it sends; 0: it sends without a limit */
+    __u8 queued;    /* 1: what it receives passes the queue of its host end, which is limited */
+    __u8 reserved[3];
 };
 
 /*
@@ -124,6 +127,7 @@ struct outcomes {
     struct counter fwd_local;      /* from_pod: handed to another local pod, past the host stack */
     struct counter fwd_uplink;     /* from_pod: sent out by an uplink, past the host stack */
     struct counter fwd_from_stack; /* to_pod: the host stack sent it to a pod */
+    struct counter fwd_queued;     /* to_pod: what another program sent to a limited pod, at its queue */
     struct counter fwd_inbound;    /* from_uplink: for a pod's own address */
     struct counter fwd_host_in;    /* from_uplink: not for a pod */
     struct counter fwd_host_out;   /* to_uplink: not from a pod */
@@ -143,6 +147,7 @@ struct outcomes {
     struct counter punt_options;
     struct counter punt_other_mac;
     struct counter punt_reply;
+    struct counter punt_shaped; /* from_pod: by way of the queue of a limited pod */
     struct counter punt_too_big;
     struct counter punt_ttl;
     struct counter punt_unknown_protocol;
