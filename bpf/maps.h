@@ -126,6 +126,7 @@ struct counter {
 struct outcomes {
     struct counter fwd_local;      /* from_pod: handed to another local pod, past the host stack */
     struct counter fwd_uplink;     /* from_pod: sent out by an uplink, past the host stack */
+    struct counter fwd_shaped;     /* from_pod: to the queue of a limited pod, and from there to the host stack */
     struct counter fwd_from_stack; /* to_pod: the host stack sent it to a pod */
     struct counter fwd_queued;     /* to_pod: what another program sent to a limited pod, at its queue */
     struct counter fwd_inbound;    /* from_uplink: for a pod's own address */
@@ -147,7 +148,6 @@ struct outcomes {
     struct counter punt_options;
     struct counter punt_other_mac;
     struct counter punt_reply;
-    struct counter punt_shaped; /* from_pod: by way of the queue of a limited pod */
     struct counter punt_too_big;
     struct counter punt_ttl;
     struct counter punt_unknown_protocol;

@@ -16,6 +16,6 @@ static int shape(struct __sk_buff *skb, struct packet *packet)
 
     if (endpoint && endpoint->network != packet->network)
         return drop(skb, OUTCOME(drop_other_network)); /* the stack would route it */
-    count(skb, OUTCOME(punt_shaped));
+    count(skb, OUTCOME(fwd_shaped));
     return bpf_redirect(packet->shaper, 0);
 }

@@ -132,7 +132,7 @@ def test_missing_device_is_made_again(slow: World) -> None:
         assert slow.journal[0] == ("restore", active.device)
         assert slow.journal[-1] == ("finish_restore", active.device)
         assert ("upsert", "hooks") in slow.journal
-        assert slow.devices.existing.keys() == {active.device}
+        assert slow.devices.existing.keys() == {active.device, shaper_of(active.device)}
         assert slow.actual() == slow.desired()
         assert slow.repairs == {"devices": 1}
 
