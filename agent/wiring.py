@@ -119,7 +119,11 @@ class Wiring:
     def restore(self, pod: Pod) -> None:
         """Make the pair of an active pod again, without its addresses: `finish_restore` gives them, and sets it up."""
         with _opened(pod.netns) as netns:
-            self.create(pod, netns)
+            try:
+                self.create(pod, netns)
+            except KernelError:
+                self.delete(pod.device)  # half of it would pass for all of it
+                raise
 
     def finish_restore(self, pod: Pod) -> None:
         """Configure a restored pair, once its programs are in force; on failure it goes, to be made again."""
