@@ -86,7 +86,9 @@ def test_store_keeps_them(tmp_path: Path) -> None:
         it = Attachment("net", name, "eth0")
         store.reserve(it, device=name, mac=name, mtu=1500, netns=Netns("/x", "4:1"), limits=each)
     store.close()
-    found = {each.attachment.container_id: each.limits for each in Store(path, ranges, "boot").pods()}
+    store = Store(path, ranges, "boot")
+    found = {each.attachment.container_id: each.limits for each in store.pods()}
+    store.close()
     assert found == {**given, "b": NO_LIMITS}
 
 
