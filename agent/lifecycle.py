@@ -24,6 +24,7 @@ from agent.install import InstallError, install_conflist, install_launcher
 from agent.loop import Loop, Tables
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
+from agent.pods import shaper_of
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
 from agent.spool import Spool
@@ -173,6 +174,7 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
+        queues=netlink.QueueTable(),
         endpoints=entries.EndpointTable(maps["endpoints"]),
         settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
         prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
@@ -222,12 +224,14 @@ def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
 
 
 def _delete_strays(store: Store, metrics: Metrics) -> None:
-    """Delete host ends that no row names, as when the store was lost: their addresses will be given again.
+    """Delete host ends and shapers that no row names, as when the store was lost: their addresses will be given again.
 
     Before the loop's first pass, which takes the programs from what it does not know: a pod without them could pass for
     any other. A crash leaves none, for rows come before devices, but that of the self-test.
     """
-    strays = sorted(netlink.devices().keys() - {pod.device for pod in store.pods()})
+    known = store.pods()
+    strays = sorted(netlink.devices().keys() - {pod.device for pod in known})
+    strays += sorted(netlink.shapers().keys() - {shaper_of(pod.device) for pod in known if pod.limits.egress_rate})
     for device in strays:
         log.warning("deleting the device of a pod that the IPAM store does not know device=%s", device)
         netlink.delete_device(device)

@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from agent.state import Address
 
-VERSION = 2
+VERSION = 3
 
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
@@ -30,6 +30,7 @@ CREATE TABLE attachment (
     stdin BLOB NOT NULL,
     routes TEXT NOT NULL,
     subnets TEXT NOT NULL,
+    limits TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (network, container_id, ifname)
 ) STRICT;
 CREATE TABLE address (
@@ -58,7 +59,7 @@ ALTER TABLE address RENAME TO address_1;
 ALTER TABLE last_given RENAME TO last_given_1;
 DROP INDEX address_device;
 {_SCHEMA}
-INSERT INTO attachment SELECT *, '', NULL, '{{}}', x'', '', '[]' FROM attachment_1;
+INSERT INTO attachment SELECT *, '', NULL, '{{}}', x'', '', '[]', '' FROM attachment_1;
 INSERT INTO address
     SELECT address, device, substr(address, 1, 12) <> x'00000000000000000000ffff' FROM address_1;
 INSERT INTO last_given SELECT 'ranges/ipv' || family, address FROM last_given_1;
@@ -66,7 +67,9 @@ DROP TABLE address_1;
 DROP TABLE attachment_1;
 DROP TABLE last_given_1;
 """  # noqa: S608
-_MIGRATIONS = {0: _SCHEMA, 1: _FROM_1}
+# Schema 2 had no limits.
+_FROM_2 = "ALTER TABLE attachment ADD COLUMN limits TEXT NOT NULL DEFAULT ''"
+_MIGRATIONS = {0: _SCHEMA, 1: _FROM_1, 2: _FROM_2}
 
 
 class UnknownSchema(Exception):

@@ -27,6 +27,7 @@
 #include "parse.h"
 #include "ports.h"
 #include "rewrite.h"
+#include "shaping.h"
 #include "spoofing.h"
 #include "stack.h"
 #include "transport.h"
@@ -42,6 +43,8 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
         return drop(skb, spoofed);
     if (is_spoofed_neighbour(skb, packet))
         return drop(skb, OUTCOME(drop_spoofed_neighbour));
+    if (packet->shaper)
+        return shape(skb, packet);
 
     if (packet->has_options)
         return punt(skb, OUTCOME(punt_options));
@@ -87,12 +90,16 @@ int from_pod(struct __sk_buff *skb)
     }
 }
 
-/* What the host stack sends to a pod: egress of the host end of its veth pair. */
+/* What the host stack sends to a pod, and all that a limited pod receives: egress of the host end of its veth pair. */
 int to_pod(struct __sk_buff *skb)
 {
     struct packet packet = {};
     struct transport transport = {};
 
+    if (skb->mark == FAST_MARK) {
+        skb->mark = 0;
+        return punt(skb, OUTCOME(fwd_queued));
+    }
     if (parse(skb, &packet) == KIND_IP && !node_addresses.lookup(&packet.source) &&
         identify(skb, &packet, &transport)) {
         struct endpoint *pod = endpoints.lookup(&packet.destination);

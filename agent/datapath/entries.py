@@ -58,14 +58,20 @@ class EndpointTable(MapTable[Address, Endpoint]):
         return to_address(raw)
 
     def _value(self, raw: Value) -> Endpoint:
-        return Endpoint(raw["ifindex"], raw["mac"].hex(":"), native=bool(raw["native"]), network=raw["network"])
+        return Endpoint(
+            raw["ifindex"],
+            raw["mac"].hex(":"),
+            native=bool(raw["native"]),
+            network=raw["network"],
+            shaper=raw["shaper"],
+            queued=bool(raw["queued"]),
+        )
 
     def _raw_key(self, key: Address) -> Value:
         return from_address(key)
 
     def _raw_value(self, value: Endpoint) -> Value:
-        mac = bytes.fromhex(value.mac.replace(":", ""))
-        return {"ifindex": value.ifindex, "mac": mac, "native": value.native, "network": value.network}
+        return {**asdict(value), "mac": bytes.fromhex(value.mac.replace(":", ""))}
 
 
 class UplinkTable(MapTable[int, Sources]):

@@ -99,6 +99,26 @@ def test_schema_1_is_taken_over(old: Path, tmp_path: Path) -> None:
     assert tables(old) == tables(tmp_path / "new.db")
 
 
+def test_schema_2_is_taken_over(tmp_path: Path) -> None:
+    """A pod of a schema 2 database, which had no limits, has none."""
+    path = tmp_path / "ipam.db"
+    store = open_store(path)
+    pod = reserve(store, attachment("a"))
+    store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE attachment DROP COLUMN limits")
+        db.execute("PRAGMA user_version = 2")
+    store = open_store(path)
+    assert store.pods() == [pod]
+    assert not pod.limits.limits
+    store.close()
+    with sqlite3.connect(path) as db:
+        columns = [row[1:] for row in db.execute("PRAGMA table_info(attachment)")]
+    open_store(tmp_path / "new.db").close()
+    with sqlite3.connect(tmp_path / "new.db") as db:
+        assert [row[1:] for row in db.execute("PRAGMA table_info(attachment)")] == columns
+
+
 def test_failed_migration_changes_nothing(old: Path) -> None:
     """A migration that fails half way leaves the old tables, and is done when its cause is gone."""
     with sqlite3.connect(old) as db:

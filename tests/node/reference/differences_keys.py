@@ -198,11 +198,18 @@ _RUNTIME_DNS = Difference(
     where("ADD 1: dns", {}, {"nameservers": ["10.0.0.53"]}, "runtimeConfig.dns"),
 )
 _PORTS = Difference(
-    "`runtimeConfig.portMappings`, `runtimeConfig.bandwidth`",
-    "without effect: other plugins of the chain (portmap, bandwidth) read them",
+    "`runtimeConfig.portMappings`",
+    "without effect: another plugin of the chain (portmap) reads them",
     "refused by name (code 2)",
-    "not yet: podlane is to do both by itself",
-    refused("ADD 1", "runtimeConfig.portMappings", "runtimeConfig.bandwidth"),
+    "not yet: podlane is to do it by itself",
+    refused("ADD 1", "runtimeConfig.portMappings"),
+)
+_BANDWIDTH = Difference(
+    "`runtimeConfig.bandwidth`",
+    "without effect: another plugin of the chain (bandwidth) reads it",
+    "kept, both ways; a rate without a burst is refused, as by that plugin",
+    "that plugin's queues are not on the way of podlane's packets",
+    where("node: limited directions", 0, 2, "runtimeConfig.bandwidth"),
 )
 KEYS_DIFFER = (
     _LINK,
@@ -226,4 +233,5 @@ KEYS_DIFFER = (
     _ARGS,
     _RUNTIME_DNS,
     _PORTS,
+    _BANDWIDTH,
 )
