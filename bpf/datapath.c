@@ -43,6 +43,12 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
         return drop(skb, spoofed);
     if (is_spoofed_neighbour(skb, packet))
         return drop(skb, OUTCOME(drop_spoofed_neighbour));
+
+    /* Before anything is left to the stack, which has routes to all pods. Whose request it brought gets the answer. */
+    bool of_stack = packet->via_stack && is_stack_flow(skb, packet);
+    struct endpoint *endpoint = endpoints.lookup(&packet->destination);
+    if (endpoint && endpoint->network != packet->network && (!of_stack || packet->is_fragment))
+        return drop(skb, OUTCOME(drop_other_network));
     if (packet->shaper)
         return shape(skb, packet);
 
@@ -55,14 +61,10 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     if (is_link_local(&packet->source) || is_link_local(&packet->destination))
         return punt(skb, OUTCOME(punt_link_local));
 
-    if (packet->via_stack && is_stack_flow(skb, packet))
+    if (of_stack)
         return punt(skb, OUTCOME(punt_reply));
-
-    struct endpoint *endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
         return leave(skb, packet);
-    if (endpoint->network != packet->network)
-        return drop(skb, OUTCOME(drop_other_network));
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
     return deliver(skb, packet, endpoint, OUTCOME(fwd_local));

@@ -12,10 +12,6 @@
 /* For an honest packet: all that the pod sends passes the queue, so that no kind of packet goes past the limit. */
 static int shape(struct __sk_buff *skb, struct packet *packet)
 {
-    struct endpoint *endpoint = endpoints.lookup(&packet->destination);
-
-    if (endpoint && endpoint->network != packet->network)
-        return drop(skb, OUTCOME(drop_other_network)); /* the stack would route it */
     count(skb, OUTCOME(fwd_shaped));
     return bpf_redirect(packet->shaper, 0);
 }
