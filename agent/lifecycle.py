@@ -119,7 +119,7 @@ def _start(
     wiring = Wiring()
     loop = _make_loop(config, datapath, store, wiring, surroundings, metrics)
     readiness.trouble = loop.trouble
-    node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.mtu, readiness=readiness)
     _reserve_ports(config)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))

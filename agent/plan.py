@@ -30,12 +30,16 @@ _ETHERNET_HEADER = 14  # bytes
 
 @dataclass(frozen=True)
 class Outside:
-    """All that the way out of the node depends on. `uplinks` are by device name."""
+    """All that the way out of the node depends on.
+
+    `uplinks` are by device name. `mtu` is that of new pods, in bytes, where their network says nothing; 0: not known.
+    """
 
     uplinks: Mapping[str, Uplink] = field(default_factory=dict)
     node_addresses: frozenset[Address] = frozenset()
     prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
     settings: Settings | None = None
+    mtu: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Surroundings:
         self._rules = masquerade.inline_rules(config.masquerade)
         self._prefixes = masquerade.prefixes(config, self._rules)
         self._settings = masquerade.settings(config.masquerade)
-        self._known: Outside | None = None
+        self._known: Outside | None = None  # before the first look
 
     def outside(self) -> Outside:
         """Return what the plan must know. Raises KernelError."""
@@ -33,9 +33,9 @@ class Surroundings:
             node_addresses=netlink.node_addresses(),
             prefixes=self._current_prefixes(),
             settings=self._settings,
+            mtu=self._pod_mtu(),
         )
-        if self._known is None or now.uplinks != self._known.uplinks:
-            _tell(now)
+        _tell(now, self._known)
         self._known = now
         return now
 
@@ -43,6 +43,17 @@ class Surroundings:
     def known(self) -> Outside:
         """What `outside` last returned; empty before."""
         return self._known or Outside()
+
+    def mtu(self) -> int:
+        """Return the MTU of a pod that is made now, in bytes. Raises KernelError.
+
+        As it was at the last look: a change of the uplink's leads to the next one, and each ADD would spend a
+        millisecond on its own.
+        """
+        return self.known.mtu or self._pod_mtu()
+
+    def _pod_mtu(self) -> int:
+        return self._config.mtu or netlink.uplink_mtu()
 
     def _current_prefixes(self) -> dict[Network, Lanes]:
         rules: Rules = self._file.current() if self._file else self._rules
@@ -52,7 +63,12 @@ class Surroundings:
         return self._prefixes
 
 
-def _tell(outside: Outside) -> None:
+def _tell(outside: Outside, before: Outside | None) -> None:
+    """Log what is new."""
+    if before is None or outside.mtu != before.mtu:
+        log.info("new pods have mtu=%d", outside.mtu)
+    if before is not None and outside.uplinks == before.uplinks:
+        return
     if not outside.uplinks:
         log.warning("no uplinks: pods reach nothing outside this node; see masquerade.uplinks in the configuration")
     for device, uplink in sorted(outside.uplinks.items()):

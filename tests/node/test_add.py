@@ -146,14 +146,20 @@ def test_harmless_fields(node: Machine, netns: Netns) -> None:
     ("configured", "uplink", "expected"), [(1280, 1500, 1280), (9000, 1500, 9000), (0, 1400, 1400)]
 )
 def test_mtu(node: Machine, netns: Netns, configured: int, uplink: int, expected: int) -> None:
-    """The MTU is the configured one, else the uplink's: in the result, and at both ends."""
-    node.netns.run("ip", "link", "set", "uplink", "mtu", str(uplink))
+    """The MTU is the configured one, else the uplink's as it is now: in the result, and at both ends."""
+    set_uplink_mtu(node, uplink)
     result = add(node, netns, mtu=configured).json()
-    node.netns.run("ip", "link", "set", "uplink", "mtu", "1500")
+    set_uplink_mtu(node, 1500)
     assert [each["mtu"] for each in result["interfaces"]] == [expected, expected]
     assert f" mtu {expected} " in netns.run("ip", "link", "show", "eth0").stdout
     assert f" mtu {expected} " in node.netns.run("ip", "link", "show", result["interfaces"][0]["name"]).stdout
     delete(node, netns)
+
+
+def set_uplink_mtu(node: Machine, mtu: int) -> None:
+    """Set the uplink's MTU, and wait until the agent has seen it."""
+    node.netns.run("ip", "link", "set", "uplink", "mtu", str(mtu))
+    node.wait_for(lambda: node.log.read_text().rpartition("new pods have mtu=")[2].startswith(str(mtu)), f"MTU {mtu}")
 
 
 def test_mac(node: Machine, netns: Netns) -> None:

@@ -9,7 +9,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 import pytest
 
 from agent import netlink
+from agent.config import Config
 from agent.state import Sources, Uplink
+from agent.surroundings import Surroundings
 from tests.node.namespaces import fresh_netns, run
 
 
@@ -139,3 +141,16 @@ def test_reserved_ports() -> None:
     assert not netlink.reserve_ports(50000, 60000)
     assert netlink.reserve_ports(8080, 8080)
     assert run("sysctl -n net.ipv4.ip_local_reserved_ports").strip() == "8080,50000-60000"
+
+
+def test_mtu_of_new_pods() -> None:
+    """It is the uplink's before the first look around, and from then on what the last look saw, or as configured."""
+    address("192.0.2.1/24", "eth0")
+    run("ip link set eth0 mtu 1400")
+    around = Surroundings(Config())
+    assert around.mtu() == 1400
+    around.outside()
+    run("ip link set eth0 mtu 1300")
+    assert around.mtu() == 1400
+    assert around.outside().mtu == 1300
+    assert (around.mtu(), Surroundings(Config(mtu=9000)).mtu()) == (1300, 9000)
