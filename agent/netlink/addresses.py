@@ -7,19 +7,31 @@ still needs it, is never a question. The plugin ptp has them in the same place.
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Iterable, Mapping
 
 from pyroute2.netlink.rtnl import RTM_DELADDR, RTM_NEWADDR
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
-from agent.netlink.channel import Request, each, request
-from agent.netlink.rtnl import FAMILY, PUT, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE
+from agent.netlink.channel import Request, each
+from agent.netlink.encode import Attributes, message
+from agent.netlink.rtnl import (
+    ADDRESS,
+    FAMILY,
+    IFA_ADDRESS,
+    IFA_CACHEINFO,
+    IFA_FLAGS,
+    IFA_LOCAL,
+    PUT,
+    RT_SCOPE_LINK,
+    RT_SCOPE_UNIVERSE,
+)
 from agent.netlink.uplinks import assigned_addresses, on_host_ends
 from agent.state import Gateway, KernelError
 
 # linux/if_addr.h. No duplicate address detection, and no route to the address but the local one.
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
-FOREVER = 0xFFFFFFFF
+# struct ifa_cacheinfo, in seconds: preferred for none, valid for ever, and two times that the kernel tells.
+NEVER_PREFERRED = struct.pack("=IIII", 0, 0xFFFFFFFF, 0, 0)
 
 
 class GatewayTable:
@@ -47,22 +59,19 @@ def _add(key: Gateway) -> Request:
     """
     # ip address replace ADDRESS dev HOST scope link; ip address replace ADDRESS dev HOST nodad noprefixroute
     # preferred_lft 0
-    fields = _fields(key) | {"scope": RT_SCOPE_LINK if key.address.version == 4 else RT_SCOPE_UNIVERSE}
-    entry: list[tuple[str, object]] = [("IFA_LOCAL", str(key.address)), ("IFA_ADDRESS", str(key.address))]
+    scope = RT_SCOPE_LINK if key.address.version == 4 else RT_SCOPE_UNIVERSE
+    entry: Attributes = [(IFA_LOCAL, key.address), (IFA_ADDRESS, key.address)]
     if key.address.version == 6:
-        times = {"ifa_preferred": 0, "ifa_valid": FOREVER, "cstamp": 0, "tstamp": 0}
-        entry += [("IFA_CACHEINFO", times), ("IFA_FLAGS", IFA_F_NODAD | IFA_F_NOPREFIXROUTE)]
-    what = f"add address {key.address} to device {key.ifindex}"
-    return request(what, ifaddrmsg, RTM_NEWADDR, PUT, fields=fields, attributes=entry)
+        entry = [*entry, (IFA_CACHEINFO, NEVER_PREFERRED), (IFA_FLAGS, IFA_F_NODAD | IFA_F_NOPREFIXROUTE)]
+    return message(f"add address {key.address} to device {key.ifindex}", RTM_NEWADDR, PUT, _body(key, scope), entry)
 
 
 def _delete(key: Gateway) -> Request:
     # ip address delete ADDRESS dev HOST
     gone = (errno.ENODEV, errno.EADDRNOTAVAIL)
-    entry = [("IFA_LOCAL", str(key.address))]
     what = f"delete address {key.address} from device {key.ifindex}"
-    return request(what, ifaddrmsg, RTM_DELADDR, fields=_fields(key), attributes=entry, tolerated=gone)
+    return message(what, RTM_DELADDR, 0, _body(key, 0), [(IFA_LOCAL, key.address)], tolerated=gone)
 
 
-def _fields(key: Gateway) -> dict[str, int]:
-    return {"family": FAMILY[key.address.version], "prefixlen": key.address.max_prefixlen, "index": key.ifindex}
+def _body(key: Gateway, scope: int) -> bytes:
+    return ADDRESS.pack(FAMILY[key.address.version], key.address.max_prefixlen, 0, scope, key.ifindex)

@@ -19,7 +19,21 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from agent.netlink.channel import Request, attributes, dump, errno_of, execute, perform, request
 from agent.netlink.devices import devices, index, name_of
-from agent.netlink.rtnl import ADD, FILTER, PROTOCOL, PUT, TCA_BPF_ID, TCA_BPF_NAME, TCA_KIND, TCA_OPTIONS, text, u32
+from agent.netlink.encode import Attributes, message
+from agent.netlink.rtnl import (
+    ADD,
+    FILTER,
+    PROTOCOL,
+    PUT,
+    TCA_BPF_FD,
+    TCA_BPF_FLAGS,
+    TCA_BPF_ID,
+    TCA_BPF_NAME,
+    TCA_KIND,
+    TCA_OPTIONS,
+    text,
+    u32,
+)
 from agent.state import Attached, Direction, Hook, KernelError
 
 # linux/pkt_sched.h: TC_H_MIN_INGRESS and TC_H_MIN_EGRESS of TC_H_CLSACT
@@ -94,20 +108,21 @@ class ClsactHooks:
         what = f"attach {wanted.program} at {hook.direction} of {hook.device}"
         if wanted.program not in self._programs:
             raise KernelError(f"{what}: no such program is loaded")
-        options = [
-            ("TCA_BPF_FD", self._programs[wanted.program]),
-            ("TCA_BPF_NAME", FILTER_PREFIX + wanted.program),
-            ("TCA_BPF_FLAGS", TCA_BPF_FLAG_ACT_DIRECT),
+        options: Attributes = [
+            (TCA_BPF_FD, self._programs[wanted.program]),
+            (TCA_BPF_NAME, FILTER_PREFIX + wanted.program),
+            (TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT),
         ]
         # tc qdisc add dev DEVICE clsact
         # tc filter replace dev DEVICE ingress prio 112 handle 112 bpf direct-action pinned PROGRAM
-        kind = [("TCA_KIND", "clsact")]
-        filter_ = [("TCA_KIND", "bpf"), ("TCA_OPTIONS", {"attrs": options})]
-        qdisc = request(what, tcmsg, RTM_NEWQDISC, ADD, fields=_qdisc(wanted.ifindex), attributes=kind)
-        place = _place(hook, wanted.ifindex)
+        filter_: Attributes = [(TCA_KIND, "bpf"), (TCA_OPTIONS, options)]
         if self._held is not None:
             self._held.add((wanted.ifindex, hook.direction))
-        made, attached = execute([qdisc, request(what, tcmsg, RTM_NEWTFILTER, PUT, fields=place, attributes=filter_)])
+        requests = [
+            message(what, RTM_NEWQDISC, ADD, _qdisc(wanted.ifindex), [(TCA_KIND, "clsact")]),
+            message(what, RTM_NEWTFILTER, PUT, _place(hook, wanted.ifindex), filter_),
+        ]
+        made, attached = execute(requests)
         if made is None:
             self._made.add(wanted.ifindex)
         elif errno_of(made) != errno.EEXIST:
@@ -152,8 +167,7 @@ def _filters(hook: Hook, number: int) -> Iterator[tuple[tuple[int, int], dict[in
 def _delete_filter(hook: Hook, number: int) -> Request:
     # tc filter delete dev DEVICE ingress prio 112 handle 112 bpf
     what = f"detach from {hook.direction} of {hook.device}"
-    kind = [("TCA_KIND", "bpf")]
-    return request(what, tcmsg, RTM_DELTFILTER, fields=_place(hook, number), attributes=kind, tolerated=NO_FILTER)
+    return message(what, RTM_DELTFILTER, 0, _place(hook, number), [(TCA_KIND, "bpf")], tolerated=NO_FILTER)
 
 
 def _delete_unused_qdisc(device: str, number: int) -> None:
@@ -161,13 +175,12 @@ def _delete_unused_qdisc(device: str, number: int) -> None:
         return
     # tc qdisc delete dev DEVICE clsact
     what = f"remove clsact from {device}"
-    kind = [("TCA_KIND", "clsact")]
-    perform([request(what, tcmsg, RTM_DELQDISC, fields=_qdisc(number), attributes=kind, tolerated=NO_FILTER)])
+    perform([message(what, RTM_DELQDISC, 0, _qdisc(number), [(TCA_KIND, "clsact")], tolerated=NO_FILTER)])
 
 
-def _place(hook: Hook, number: int) -> dict[str, int]:
-    return {"index": number, "handle": HANDLE, "parent": PARENT[hook.direction], "info": INFO}
+def _place(hook: Hook, number: int) -> bytes:
+    return FILTER.pack(0, number, HANDLE, PARENT[hook.direction], INFO)
 
 
-def _qdisc(number: int) -> dict[str, int]:
-    return {"index": number, "handle": CLSACT_HANDLE, "parent": TC_H_CLSACT}
+def _qdisc(number: int) -> bytes:
+    return FILTER.pack(0, number, CLSACT_HANDLE, TC_H_CLSACT, 0)

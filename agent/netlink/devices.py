@@ -22,6 +22,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink import sysctl
 from agent.netlink.channel import attributes, dump, perform, request
+from agent.netlink.encode import message
 from agent.netlink.rtnl import (
     ADDRESS,
     FAMILY,
@@ -30,6 +31,7 @@ from agent.netlink.rtnl import (
     IFLA_MTU,
     LINK,
     NEXTHOP,
+    NO_LINK,
     ROUTE,
     RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
@@ -94,9 +96,8 @@ def name_of(number: int) -> str | None:
 def delete_device(name: str) -> None:
     """Delete a device, and with a veth its other end; one already gone is fine. Raises KernelError."""
     # ip link delete NAME
-    attribute = [("IFLA_IFNAME", name)]
-    what = f"delete device {name}"
-    perform([request(what, ifinfmsg, RTM_DELLINK, attributes=attribute, tolerated=(errno.ENODEV,))])
+    name_only = [(IFLA_IFNAME, name)]
+    perform([message(f"delete device {name}", RTM_DELLINK, 0, NO_LINK, name_only, tolerated=(errno.ENODEV,))])
 
 
 def uplink_mtu() -> int:

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 
 from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_SETLINK
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfmsg
-from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP
+from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT
 
 from agent.netlink import sysctl
-from agent.netlink.channel import Request, errno_of, execute, perform, request
+from agent.netlink.channel import Request, errno_of, execute, perform
 from agent.netlink.devices import delete_device, index
+from agent.netlink.encode import Attributes, mac, message, pack
 from agent.netlink.netns import in_netns
 from agent.netlink.routing import DEFAULT_ROUTES, Routing, delete_rule, raise_first
-from agent.netlink.rtnl import ADD, FAMILY, PUT, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE
+from agent.netlink.rtnl import (
+    ADD,
+    ADDRESS,
+    FAMILY,
+    IFA_ADDRESS,
+    IFA_LOCAL,
+    IFLA_ADDRESS,
+    IFLA_AF_SPEC,
+    IFLA_IFALIAS,
+    IFLA_IFNAME,
+    IFLA_INFO_DATA,
+    IFLA_INFO_KIND,
+    IFLA_LINKINFO,
+    IFLA_MTU,
+    IFLA_NET_NS_FD,
+    LINK,
+    NDA_DST,
+    NDA_LLADDR,
+    NEIGHBOUR,
+    NO_LINK,
+    PUT,
+    RT_SCOPE_LINK,
+    RT_SCOPE_UNIVERSE,
+)
 from agent.state import Address, KernelError
 from cni.result import Route
 
 IPV6_MIN_MTU = 1280  # bytes, RFC 8200 section 5; the kernel keeps IPv6 off devices below it
-IN6_ADDR_GEN_MODE_NONE = 1
+VETH_INFO_PEER = 1
+IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
 IFA_F_NODAD = 0x02
 RTF_LOCAL = 0x80000000  # linux/ipv6_route.h
 LOCAL_ROUTES = Path("/proc/thread-self/net/ipv6_route")
@@ -43,19 +68,18 @@ def create_pair(host: str, host_mac: str, pod: str, pod_mac: str, mtu: int, alia
     """
     what = f"create veth {host} with {pod} in the pod"
     # ip link add HOST address MAC mtu MTU type veth peer name POD netns NETNS address MAC mtu MTU
-    peer = [*_identity(pod, pod_mac, mtu), ("IFLA_NET_NS_FD", netns)]
-    data = {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}
-    kind = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
-    ends = [*_identity(host, host_mac, mtu), ("IFLA_LINKINFO", kind)]
+    peer = NO_LINK + pack([*_identity(pod, pod_mac, mtu), (IFLA_NET_NS_FD, netns)])
+    kind: Attributes = [(IFLA_INFO_KIND, "veth"), (IFLA_INFO_DATA, [(VETH_INFO_PEER, peer)])]
+    ends: Attributes = [*_identity(host, host_mac, mtu), (IFLA_LINKINFO, kind)]
     try:
-        perform([request(what, ifinfmsg, RTM_NEWLINK, ADD, attributes=ends)])
+        perform([message(what, RTM_NEWLINK, ADD, NO_LINK, ends)])
     except KernelError as error:
         if errno_of(error) == errno.EEXIST and in_netns(netns, lambda: index(pod)):
             raise InterfaceExists(f"{what}: the pod already has an interface {pod}") from error
         raise
     try:
         # Not in one batch with the above: were the name taken, this would change a device that is not ours.
-        perform([set_link(host, mtu, [("IFLA_IFALIAS", alias)])])
+        perform([set_link(host, mtu, [(IFLA_IFALIAS, alias)])])
         return _index(host)
     except KernelError:
         delete_device(host)
@@ -155,27 +179,26 @@ def _wait_until_received(addresses: Sequence[Address]) -> None:
             time.sleep(0.0001)
 
 
-def _identity(name: str, mac: str, mtu: int) -> list[tuple[str, object]]:
-    return [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu)]
+def _identity(name: str, address: str, mtu: int) -> Attributes:
+    return [(IFLA_IFNAME, name), (IFLA_ADDRESS, mac(address)), (IFLA_MTU, mtu)]
 
 
-def set_link(name: str, mtu: int, values: Sequence[tuple[str, object]]) -> Request:
+def set_link(name: str, mtu: int, values: Attributes) -> Request:
     """Return a request to set attributes of a device that is down.
 
     The kernel shall not make up a link-local address for it.
     """
     # ip link set NAME addrgenmode none
     if mtu >= IPV6_MIN_MTU and sysctl.ipv6_present():
-        mode = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}
-        values = [*values, ("IFLA_AF_SPEC", {"attrs": [("AF_INET6", mode)]})]
-    return request(f"set up {name}", ifinfmsg, RTM_SETLINK, attributes=[("IFLA_IFNAME", name), *values])
+        mode = [(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))]
+        values = [*values, (IFLA_AF_SPEC, [(socket.AF_INET6, mode)])]
+    return message(f"set up {name}", RTM_SETLINK, 0, NO_LINK, [(IFLA_IFNAME, name), *values])
 
 
 def up(name: str) -> Request:
     """Return a request to set a device up."""
     # ip link set NAME up
-    flags = {"flags": IFF_UP, "change": IFF_UP}
-    return request(f"set {name} up", ifinfmsg, RTM_SETLINK, fields=flags, attributes=[("IFLA_IFNAME", name)])
+    return message(f"set {name} up", RTM_SETLINK, 0, LINK.pack(0, 0, 0, IFF_UP, IFF_UP), [(IFLA_IFNAME, name)])
 
 
 def _enable_ipv6(pod: str) -> None:
@@ -189,28 +212,13 @@ def _add_address(number: int, address: Address, bits: int) -> Request:
     # ip address add ADDRESS/BITS dev POD nodad
     flags = IFA_F_NODAD if address.version == 6 else 0
     scope = RT_SCOPE_LINK if address.is_link_local else RT_SCOPE_UNIVERSE
-    fields = {
-        "family": FAMILY[address.version],
-        "prefixlen": bits,
-        "index": number,
-        "flags": flags,
-        "scope": scope,
-    }
-    value = str(address)
-    what = f"add address {value}/{bits} in the pod"
-    return request(
-        what,
-        ifaddrmsg,
-        RTM_NEWADDR,
-        ADD,
-        fields=fields,
-        attributes=[("IFA_LOCAL", value), ("IFA_ADDRESS", value)],
-    )
+    body = ADDRESS.pack(FAMILY[address.version], bits, flags, scope, number)
+    what = f"add address {address}/{bits} in the pod"
+    return message(what, RTM_NEWADDR, ADD, body, [(IFA_LOCAL, address), (IFA_ADDRESS, address)])
 
 
-def _add_neighbour(number: int, gateway: Address, mac: str) -> Request:
+def _add_neighbour(number: int, gateway: Address, host_mac: str) -> Request:
     # ip neighbour replace GATEWAY lladdr MAC dev POD nud permanent
-    fields = {"family": FAMILY[gateway.version], "ifindex": number, "state": NUD_PERMANENT}
+    body = NEIGHBOUR.pack(FAMILY[gateway.version], number, NUD_PERMANENT, 0, 0)
     what = f"add neighbour {gateway} in the pod"
-    entry = [("NDA_DST", str(gateway)), ("NDA_LLADDR", mac)]
-    return request(what, ndmsg, RTM_NEWNEIGH, PUT, fields=fields, attributes=entry)
+    return message(what, RTM_NEWNEIGH, PUT, body, [(NDA_DST, gateway), (NDA_LLADDR, mac(host_mac))])

@@ -14,11 +14,34 @@ from dataclasses import replace
 from ipaddress import ip_network
 
 from pyroute2.netlink.rtnl import RTM_DELRULE, RTM_NEWROUTE, RTM_NEWRULE
-from pyroute2.netlink.rtnl.fibmsg import fibmsg
-from pyroute2.netlink.rtnl.rtmsg import RTNH_F_ONLINK, rtmsg
+from pyroute2.netlink.rtnl.rtmsg import RTNH_F_ONLINK
 
-from agent.netlink.channel import Request, errno_of, perform, request
-from agent.netlink.rtnl import ADD, FAMILY, PROTOCOL, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, RTN_UNICAST
+from agent.netlink.channel import Request, errno_of, perform
+from agent.netlink.encode import Attributes, Value, message
+from agent.netlink.rtnl import (
+    ADD,
+    FAMILY,
+    FRA_PRIORITY,
+    FRA_PROTOCOL,
+    FRA_SRC,
+    FRA_TABLE,
+    PROTOCOL,
+    ROUTE,
+    RT_SCOPE_LINK,
+    RT_SCOPE_UNIVERSE,
+    RT_TABLE_MAIN,
+    RTA_DST,
+    RTA_GATEWAY,
+    RTA_METRICS,
+    RTA_OIF,
+    RTA_PREFSRC,
+    RTA_PRIORITY,
+    RTA_TABLE,
+    RTAX_ADVMSS,
+    RTAX_MTU,
+    RTN_UNICAST,
+    RULE,
+)
 from agent.state import Address, KernelError
 from cni.result import Route
 
@@ -74,35 +97,35 @@ class Routing:
 
     def _add(self, route: Route) -> Request:
         # ip route add DST [via GW onlink | scope link] dev POD [src ADDRESS] [metric M] [table T] [mtu N] [advmss N]
-        fields = {
-            "family": FAMILY[route.dst.version],
-            "dst_len": route.dst.prefixlen,
-            "table": RT_TABLE_MAIN if route.table is None else RT_TABLE_UNSPEC,
-            "proto": RTPROT_STATIC,
-            "scope": RT_SCOPE_UNIVERSE if route.gw else RT_SCOPE_LINK,
-            "type": RTN_UNICAST,
-            "flags": RTNH_F_ONLINK if route.gw else 0,
-        }
-        metrics = [(name, value) for name, value in (("RTAX_MTU", route.mtu), ("RTAX_ADVMSS", route.advmss)) if value]
-        optional: list[tuple[str, object]] = [
-            ("RTA_DST", str(route.dst.network_address) if route.dst.prefixlen else None),
-            ("RTA_GATEWAY", str(route.gw) if route.gw else None),
-            ("RTA_PREFSRC", self._source(route)),
-            ("RTA_PRIORITY", route.priority or None),
-            ("RTA_TABLE", route.table),
-            ("RTA_METRICS", {"attrs": metrics} if metrics else None),
-            ("RTA_OIF", self._number),
+        body = ROUTE.pack(
+            FAMILY[route.dst.version],
+            route.dst.prefixlen,
+            RT_TABLE_MAIN if route.table is None else RT_TABLE_UNSPEC,
+            RTPROT_STATIC,
+            RT_SCOPE_UNIVERSE if route.gw else RT_SCOPE_LINK,
+            RTN_UNICAST,
+            RTNH_F_ONLINK if route.gw else 0,
+        )
+        metrics = [(number, value) for number, value in ((RTAX_MTU, route.mtu), (RTAX_ADVMSS, route.advmss)) if value]
+        optional: list[tuple[int, Value | None]] = [
+            (RTA_DST, route.dst.network_address if route.dst.prefixlen else None),
+            (RTA_GATEWAY, route.gw),
+            (RTA_PREFSRC, self._source(route)),
+            (RTA_PRIORITY, route.priority or None),
+            (RTA_TABLE, route.table),
+            (RTA_METRICS, metrics or None),
+            (RTA_OIF, self._number),
         ]
-        attributes = [(name, value) for name, value in optional if value is not None]
+        attributes = [(number, value) for number, value in optional if value is not None]
         what = f"add route {route.dst}{f' via {route.gw}' if route.gw else ''} in the pod"
-        return request(what, rtmsg, RTM_NEWROUTE, ADD, fields=fields, attributes=attributes)
+        return message(what, RTM_NEWROUTE, ADD, body, attributes)
 
-    def _source(self, route: Route) -> str | None:
+    def _source(self, route: Route) -> Address | None:
         """Say which of several addresses of a family the pod has towards its subnets: the one that is of the subnet."""
         family = [address for address in self._addresses if address.version == route.dst.version]
         if len(family) < 2 or not route.dst.prefixlen or route.gw is None:
             return None
-        return next((str(address) for address in family if address in route.dst), None)
+        return next((address for address in family if address in route.dst), None)
 
 
 def raise_first(failures: Iterable[KernelError | None]) -> None:
@@ -114,10 +137,9 @@ def raise_first(failures: Iterable[KernelError | None]) -> None:
 
 def _add_rule(source: Address, table: int) -> Request:
     # ip rule add from ADDRESS lookup TABLE pref 30000 protocol 112
-    fields = {**_rule_fields(source), "action": FR_ACT_TO_TBL}
-    entry = [*_rule_attributes(source), ("FRA_TABLE", table)]
+    entry = [*_rule_attributes(source), (FRA_TABLE, table)]
     what = f"add a rule for packets from {source} in the pod"
-    return request(what, fibmsg, RTM_NEWRULE, ADD, fields=fields, attributes=entry, tolerated=(errno.EEXIST,))
+    return message(what, RTM_NEWRULE, ADD, _rule(source, FR_ACT_TO_TBL), entry, tolerated=(errno.EEXIST,))
 
 
 def delete_rule(source: Address) -> Request:
@@ -125,19 +147,12 @@ def delete_rule(source: Address) -> Request:
     # ip rule delete from ADDRESS pref 30000 protocol 112
     gone = (errno.ENOENT, errno.EAFNOSUPPORT)
     what = f"delete the rule for packets from {source} in the pod"
-    return request(
-        what,
-        fibmsg,
-        RTM_DELRULE,
-        fields=_rule_fields(source),
-        attributes=_rule_attributes(source),
-        tolerated=gone,
-    )
+    return message(what, RTM_DELRULE, 0, _rule(source, 0), _rule_attributes(source), tolerated=gone)
 
 
-def _rule_fields(source: Address) -> dict[str, int]:
-    return {"family": FAMILY[source.version], "src_len": source.max_prefixlen, "table": RT_TABLE_UNSPEC}
+def _rule(source: Address, action: int) -> bytes:
+    return RULE.pack(FAMILY[source.version], 0, source.max_prefixlen, RT_TABLE_UNSPEC, action, 0)
 
 
-def _rule_attributes(source: Address) -> list[tuple[str, object]]:
-    return [("FRA_SRC", str(source)), ("FRA_PRIORITY", _RULE), ("FRA_PROTOCOL", PROTOCOL)]
+def _rule_attributes(source: Address) -> Attributes:
+    return [(FRA_SRC, source), (FRA_PRIORITY, _RULE), (FRA_PROTOCOL, bytes([PROTOCOL]))]

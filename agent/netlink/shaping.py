@@ -10,16 +10,28 @@ import errno
 import struct
 from collections.abc import Iterable, Mapping
 
-from pyroute2.netlink import NLM_F_CREATE, NLM_F_REQUEST
+from pyroute2.netlink import NLM_F_CREATE
 from pyroute2.netlink.rtnl import RTM_DELQDISC, RTM_GETQDISC, RTM_NEWLINK, RTM_NEWQDISC, TC_H_ROOT
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from agent.netlink import sysctl
-from agent.netlink.channel import ATTRIBUTE, HEADER, Request, attributes, dump, each, perform, request
+from agent.netlink.channel import Request, attributes, dump, each, perform, request
 from agent.netlink.devices import delete_device, own_links
+from agent.netlink.encode import Attributes, Value, message
 from agent.netlink.pods import set_link, up
-from agent.netlink.rtnl import ADD, FILTER, TCA_KIND, TCA_OPTIONS, text
+from agent.netlink.rtnl import (
+    ADD,
+    FILTER,
+    IFLA_IFALIAS,
+    IFLA_IFNAME,
+    IFLA_INFO_KIND,
+    IFLA_LINKINFO,
+    IFLA_MTU,
+    NO_LINK,
+    TCA_KIND,
+    TCA_OPTIONS,
+    text,
+)
 from agent.state import KernelError, Queue
 
 HANDLE = 0x706C0000  # "pl": how a restarted agent recognises its own queues (`tc qdisc show`: 706c:)
@@ -29,7 +41,7 @@ TCA_TBF_PARMS, TCA_TBF_RATE64, TCA_TBF_BURST = 1, 4, 6
 TC_LINKLAYER_ETHERNET = 1
 # struct tc_tbf_qopt: two tc_ratespec (linklayer, overhead, cell_align, mpu, rate), limit, buffer and mtu
 PARAMETERS = struct.Struct("=xBHhHI12sIII")
-U32, U64 = struct.Struct("=I"), struct.Struct("=Q")
+U64 = struct.Struct("=Q")
 
 GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)  # EINVAL: the device has another root qdisc
 
@@ -37,14 +49,13 @@ GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)  # EINVAL: the device has anot
 def create_shaper(name: str, mtu: int, alias: str) -> None:
     """Make a shaper, up and without a limit. Raises KernelError; then nothing is left behind."""
     # ip link add NAME mtu MTU type ifb
-    kind = {"attrs": [("IFLA_INFO_KIND", "ifb")]}
-    values = [("IFLA_IFNAME", name), ("IFLA_MTU", mtu), ("IFLA_LINKINFO", kind)]
-    perform([request(f"create ifb {name}", ifinfmsg, RTM_NEWLINK, ADD, attributes=values)])
+    values: Attributes = [(IFLA_IFNAME, name), (IFLA_MTU, mtu), (IFLA_LINKINFO, [(IFLA_INFO_KIND, "ifb")])]
+    perform([message(f"create ifb {name}", RTM_NEWLINK, ADD, NO_LINK, values)])
     try:
         # Nobody speaks IPv6 there; and not in one batch with the above, as with veth pairs.
         if sysctl.ipv6_present():
             sysctl.ensure(f"net/ipv6/conf/{name}/disable_ipv6", "1")
-        perform([set_link(name, mtu, [("IFLA_IFALIAS", alias)]), up(name)])
+        perform([set_link(name, mtu, [(IFLA_IFALIAS, alias)]), up(name)])
     except KernelError:
         delete_device(name)
         raise
@@ -89,32 +100,21 @@ def _put(number: int, queue: Queue) -> Request:
     """Without NLM_F_REPLACE: it changes the queue with this handle, but takes no other's place."""
     # tc qdisc add dev DEVICE root handle 706c: tbf rate RATE burst BURST limit LIMIT
     rate = min(queue.rate, 0xFFFFFFFF)
-    options = _attribute(
-        TCA_TBF_PARMS, PARAMETERS.pack(TC_LINKLAYER_ETHERNET, 0, 0, 0, rate, bytes(12), queue.limit, 0, 0)
-    )
-    options += _attribute(TCA_TBF_BURST, U32.pack(queue.burst))
+    parameters = PARAMETERS.pack(TC_LINKLAYER_ETHERNET, 0, 0, 0, rate, bytes(12), queue.limit, 0, 0)
+    options: list[tuple[int, Value]] = [(TCA_TBF_PARMS, parameters), (TCA_TBF_BURST, queue.burst)]
     if queue.rate > rate:
-        options += _attribute(TCA_TBF_RATE64, U64.pack(queue.rate))
-    entry = _attribute(TCA_KIND, b"tbf\0") + _attribute(TCA_OPTIONS, options)
-    what = f"limit device {number} to {queue.rate} bytes/s"
-    return _request(what, RTM_NEWQDISC, NLM_F_CREATE, number, entry)
+        options.append((TCA_TBF_RATE64, U64.pack(queue.rate)))
+    entry: Attributes = [(TCA_KIND, "tbf"), (TCA_OPTIONS, options)]
+    return message(f"limit device {number} to {queue.rate} bytes/s", RTM_NEWQDISC, NLM_F_CREATE, _root(number), entry)
 
 
 def _delete(number: int) -> Request:
     # tc qdisc delete dev DEVICE root handle 706c:
-    return _request(f"take the limit from device {number}", RTM_DELQDISC, 0, number, b"", tolerated=GONE)
+    return message(f"take the limit from device {number}", RTM_DELQDISC, 0, _root(number), tolerated=GONE)
 
 
-def _request(
-    what: str, kind: int, flags: int, number: int, entry: bytes, *, tolerated: tuple[int, ...] = ()
-) -> Request:
-    """Build the request by hand: pyroute2 knows neither of the two attributes that go beyond 32 bits and 274 s."""
-    body = FILTER.pack(0, number, HANDLE, TC_H_ROOT, 0) + entry
-    return Request(what, HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | flags, 0, 0) + body, tolerated)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return ATTRIBUTE.pack(ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
+def _root(number: int) -> bytes:
+    return FILTER.pack(0, number, HANDLE, TC_H_ROOT, 0)
 
 
 def _decode(options: dict[int, bytes]) -> Queue:

@@ -22,6 +22,7 @@ from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink.channel import Request, attributes, dump, each, errno_of, request
+from agent.netlink.encode import Attributes, mac, message
 from agent.netlink.rtnl import (
     ADD,
     CHANGE,
@@ -39,6 +40,7 @@ from agent.netlink.rtnl import (
     RTA_DST,
     RTA_OIF,
     RTA_PREFSRC,
+    RTA_PRIORITY,
     RTN_UNICAST,
     RTN_UNREACHABLE,
     u32,
@@ -139,65 +141,52 @@ def _own_routes() -> Iterator[tuple[Network, int, dict[int, bytes]]]:
 
 def _subnet(verb: str, network: Network, type_: int, flags: int) -> Request:
     # ip route add unreachable NETWORK metric 2147483648 proto 112
-    fields = {
-        "family": FAMILY[network.version],
-        "dst_len": network.prefixlen,
-        "table": RT_TABLE_MAIN,
-        "proto": PROTOCOL,
-        "scope": RT_SCOPE_UNIVERSE,
-        "type": RTN_UNREACHABLE,
-    }
     gone = (errno.ESRCH, errno.ENOENT) if type_ == RTM_DELROUTE else ()
-    entry: list[tuple[str, object]] = [("RTA_DST", str(network.network_address))]
+    entry: Attributes = [(RTA_DST, network.network_address)]
     if type_ == RTM_NEWROUTE:  # to delete, any: earlier agents gave none
-        entry.append(("RTA_PRIORITY", _LAST))
-    what = f"{verb} unreachable {network}"
-    return request(what, rtmsg, type_, flags, fields=fields, attributes=entry, tolerated=gone)
+        entry = [*entry, (RTA_PRIORITY, _LAST)]
+    body = _route(network, RT_SCOPE_UNIVERSE, RTN_UNREACHABLE)
+    return message(f"{verb} unreachable {network}", type_, flags, body, entry, tolerated=gone)
 
 
-def _route(address: Address) -> dict[str, int]:
-    return {
-        "family": FAMILY[address.version],
-        "dst_len": address.max_prefixlen,
-        "table": RT_TABLE_MAIN,
-        "proto": PROTOCOL,
-        "scope": RT_SCOPE_LINK,
-        "type": RTN_UNICAST,
-    }
+def _route(network: Network, scope: int, kind: int) -> bytes:
+    return ROUTE.pack(FAMILY[network.version], network.prefixlen, RT_TABLE_MAIN, PROTOCOL, scope, kind, 0)
+
+
+def _host(address: Address) -> bytes:
+    return _route(ipaddress.ip_network(address), RT_SCOPE_LINK, RTN_UNICAST)
 
 
 def _add_route(address: Address, route: HostRoute, flags: int) -> Request:
     # ip route add ADDRESS dev DEVICE scope link proto 112 [src SOURCE]
-    entry = [("RTA_DST", str(address)), ("RTA_OIF", route.ifindex)]
+    entry: Attributes = [(RTA_DST, address), (RTA_OIF, route.ifindex)]
     if route.source is not None:
-        entry.append(("RTA_PREFSRC", str(route.source)))
-    what = f"add route {address} to device {route.ifindex}"
-    return request(what, rtmsg, RTM_NEWROUTE, flags, fields=_route(address), attributes=entry)
+        entry = [*entry, (RTA_PREFSRC, route.source)]
+    return message(f"add route {address} to device {route.ifindex}", RTM_NEWROUTE, flags, _host(address), entry)
 
 
 def _delete_route(address: Address) -> Request:
     # ip route delete ADDRESS scope link proto 112
     gone = (errno.ESRCH, errno.ENOENT)
-    what = f"delete route {address}"
-    entry = [("RTA_DST", str(address))]
-    return request(what, rtmsg, RTM_DELROUTE, fields=_route(address), attributes=entry, tolerated=gone)
+    return message(f"delete route {address}", RTM_DELROUTE, 0, _host(address), [(RTA_DST, address)], tolerated=gone)
 
 
-def _add_neighbour(key: Neighbour, mac: str) -> Request:
+def _add_neighbour(key: Neighbour, address: str) -> Request:
     # ip neighbour replace ADDRESS lladdr MAC dev DEVICE nud permanent proto 112
-    fields = {"family": FAMILY[key.address.version], "ifindex": key.ifindex, "state": NUD_PERMANENT}
-    entry = [("NDA_DST", str(key.address)), ("NDA_LLADDR", mac), ("NDA_PROTOCOL", PROTOCOL)]
+    entry: Attributes = [(NDA_DST, key.address), (NDA_LLADDR, mac(address)), (NDA_PROTOCOL, bytes([PROTOCOL]))]
     what = f"add neighbour {key.address} on device {key.ifindex}"
-    return request(what, ndmsg, RTM_NEWNEIGH, PUT, fields=fields, attributes=entry)
+    return message(what, RTM_NEWNEIGH, PUT, _neighbour(key, NUD_PERMANENT), entry)
 
 
 def _delete_neighbour(key: Neighbour) -> Request:
     # ip neighbour delete ADDRESS dev DEVICE
-    fields = {"family": FAMILY[key.address.version], "ifindex": key.ifindex}
     gone = (errno.ENOENT, errno.ENODEV)
     what = f"delete neighbour {key.address} on device {key.ifindex}"
-    entry = [("NDA_DST", str(key.address))]
-    return request(what, ndmsg, RTM_DELNEIGH, fields=fields, attributes=entry, tolerated=gone)
+    return message(what, RTM_DELNEIGH, 0, _neighbour(key, 0), [(NDA_DST, key.address)], tolerated=gone)
+
+
+def _neighbour(key: Neighbour, state: int) -> bytes:
+    return NEIGHBOUR.pack(FAMILY[key.address.version], key.ifindex, state, 0, 0)
 
 
 def _address(packed: bytes) -> Address:
