@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 # linux/rtnetlink.h, enum rtnetlink_groups: LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 GROUPS = sum(1 << (group - 1) for group in (1, 3, 5, 7, 9, 11))
 LINK_GROUP = 1
+# Milliseconds, after the first news, to let more come. An ADD causes two dozen, one by one: a thread that woke for each
+# would take the interpreter from the one that serves the ADD.
+_BURST = 20
 # Any device may be an uplink, or become one: by its name, its kind or its addresses.
 ALWAYS = {RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR}
 # As it stands in a message. Decoding each one would cost a busy node far more than what it tells.
@@ -72,11 +75,12 @@ class Monitor:
         os.close(self._stop)
 
     def _run(self) -> None:
-        waiting = select.poll()
+        waiting, stopping = select.poll(), select.poll()
         for news in self._sources:
             waiting.register(news, select.POLLIN)
-        waiting.register(self._stop, select.POLLIN)
-        while self._stop not in (fd for fd, _ in waiting.poll()):
+        for each in (waiting, stopping):
+            each.register(self._stop, select.POLLIN)
+        while self._stop not in (fd for fd, _ in waiting.poll()) and not stopping.poll(_BURST):
             heard = [_drain(news, concerns) for news, concerns in self._sources.items()]
             if any(heard):
                 self._changed()
