@@ -36,7 +36,7 @@ from agent.state import (
     State,
     Table,
 )
-from agent.store import Pod, Store
+from agent.store import Phase, Pod, Store
 from agent.upkeep import Devices, Upkeep
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class Loop:
         self._ask_outside = outside
         self._outside = Outside()
         self._inside = Inside()
+        self._indexes: dict[str, int] = {}  # of devices, by name
         self._known: State | None = None  # what is in the kernel, as far as we know
         self._failures = Failures()  # of the tables, by object
         self._settle_failures = Failures()
@@ -234,12 +235,20 @@ class Loop:
         assert known is not None
         self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs)
         subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
-        desired = plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
+        self._indexes = self._current_indexes(pods, {} if is_full else self._indexes)
+        desired = plan(pods, self._indexes, subnets, self._outside, self._inside)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)
         if is_full:
             self._upkeep.finish()
+
+    def _current_indexes(self, pods: Sequence[Pod], known: dict[str, int]) -> dict[str, int]:
+        """Return `Devices.indexes`. Those of active pods are as `known`: were they not, a full pass would be due."""
+        settled = [pod for pod in pods if pod.phase is Phase.ACTIVE and pod.device in known]
+        names = {name for pod in settled for name in (pod.device, shaper_of(pod.device)) if name in known}
+        others = self._devices.indexes([pod for pod in pods if pod.device not in names])
+        return {name: known[name] for name in names} | others
 
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
         """Count as repairs the changes that are due now and were not before the kernel was read again."""

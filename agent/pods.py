@@ -20,6 +20,9 @@ IS = "network = ? AND container_id = ? AND ifname = ?"
 
 NO_LIMITS = Bandwidth()
 
+Row = tuple[tuple[Any, ...], tuple[bytes, ...]]
+"""A pod as the tables have it: its columns, and its addresses in order."""
+
 _COLUMNS = (
     "network, container_id, ifname, phase, device, mac, mtu, netns_path, netns_id, boot_id,"
     " pod_name, masquerade, environment, stdin, routes, subnets, limits"
@@ -123,19 +126,20 @@ def find(db: sqlite3.Connection, attachment: Attachment) -> Pod | None:
     if row is None:
         return None
     addresses = db.execute("SELECT address FROM address WHERE device = ? ORDER BY position", (row[4],))
-    return _pod(row, (unpack(address) for (address,) in addresses))
+    return _pod(row, (address for (address,) in addresses))
 
 
-def find_all(db: sqlite3.Connection) -> list[Pod]:
-    """Return all pods."""
-    rows = db.execute(f"SELECT {_COLUMNS} FROM attachment").fetchall()  # noqa: S608
-    addresses: dict[str, list[Address]] = {}
+def find_all(db: sqlite3.Connection, known: Mapping[Row, Pod]) -> dict[Row, Pod]:
+    """Return all pods, by their rows. Those `known` from an earlier time are not decoded again (10 µs each)."""
+    attachments = db.execute(f"SELECT {_COLUMNS} FROM attachment").fetchall()  # noqa: S608
+    addresses: dict[str, tuple[bytes, ...]] = {}
     for device, address in db.execute("SELECT device, address FROM address ORDER BY position"):
-        addresses.setdefault(device, []).append(unpack(address))
-    return [_pod(row, addresses.get(row[4], ())) for row in rows]
+        addresses[device] = (*addresses.get(device, ()), address)
+    rows = [(each, addresses.get(each[4], ())) for each in attachments]
+    return {row: known.get(row) or _pod(*row) for row in rows}
 
 
-def _pod(row: tuple[Any, ...], addresses: Iterable[Address]) -> Pod:
+def _pod(row: tuple[Any, ...], addresses: Iterable[bytes]) -> Pod:
     return Pod(
         attachment=Attachment(*row[:3]),
         phase=Phase(row[3]),
@@ -150,7 +154,7 @@ def _pod(row: tuple[Any, ...], addresses: Iterable[Address]) -> Pod:
         routes=row[14],
         subnets=_decode_subnets(row[15]),
         limits=Bandwidth.model_validate_json(row[16]) if row[16] else NO_LIMITS,
-        addresses=tuple(addresses),
+        addresses=tuple(unpack(address) for address in addresses),
     )
 
 

@@ -75,6 +75,7 @@ class Store:
         self.boot_id = boot_id
         self._path = path
         self._lock = threading.Lock()
+        self._decoded: dict[pods.Row, Pod] = {}  # of the last time that all were asked for
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -213,7 +214,8 @@ class Store:
     def pods(self) -> list[Pod]:
         """Return all attachments."""
         with self._transaction() as db:
-            return pods.find_all(db)
+            self._decoded = pods.find_all(db, self._decoded)
+            return list(self._decoded.values())
 
     def get(self, attachment: Attachment) -> Pod | None:
         """Return one attachment, or None."""
