@@ -22,12 +22,13 @@ from typing import IO, Any
 
 from cni.errors import CniError, Code
 from cni.result import Result, parse_result
+from cni.versions import SINCE, at_least
 
 log = logging.getLogger(__name__)
 
 # A little above what plugins need that ask a server; with ADD's other waits, below the launcher's 60 s. A DEL that
 # outlives its launcher (10 s) is spooled, and done again. STATUS is asked every few seconds, and must be quick.
-_SECONDS = {"STATUS": 1.5}
+_SECONDS = {"STATUS": 1.5, "VERSION": 1.5}
 _OTHER_SECONDS = 30.0
 _OUTPUT_LIMIT = 1 << 20  # bytes of each stream
 _LOGGED = 2000  # characters of what it says on stderr
@@ -80,12 +81,40 @@ class Delegate:
         self._run("CHECK", environment, stdin)
 
     def gc(self, environment: Mapping[str, str], stdin: bytes) -> None:
-        """Have the plugin collect what belongs to no valid attachment."""
-        self._run("GC", environment, stdin)
+        """Have the plugin collect what belongs to no valid attachment.
+
+        One of an older specification has no GC, and says so in whatever words: then there is nothing to forward.
+        """
+        try:
+            self._run("GC", environment, stdin)
+        except CniError as error:
+            if not (versions := self._too_old("GC", environment, stdin)):
+                raise
+            log.info("plugin=%s has no GC, supported versions=%s error=%r", self.type, versions, error.message)
 
     def status(self, environment: Mapping[str, str], stdin: bytes) -> None:
-        """Have the plugin say whether it could serve ADD."""
-        self._run("STATUS", environment, stdin)
+        """Have the plugin say whether it could serve ADD; one of an older specification could not, in this version."""
+        try:
+            self._run("STATUS", environment, stdin)
+        except CniError as error:
+            if not (versions := self._too_old("STATUS", environment, stdin)):
+                raise
+            reason = f"the configuration needs CNI version {SINCE['STATUS']}, the plugin supports {versions}"
+            raise Refusal(Code.NOT_AVAILABLE, f"IPAM plugin {self.type} cannot serve ADD", reason) from error
+
+    def _too_old(self, command: str, environment: Mapping[str, str], stdin: bytes) -> str:
+        """Return the versions that the plugin supports if none of them has the command; empty if that is not so."""
+        try:
+            answer = self._object(self._run("VERSION", environment, stdin))
+        except CniError:
+            return ""
+        found = answer.get("supportedVersions")
+        versions = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+        try:
+            is_too_old = not any(at_least(each, SINCE[command]) for each in versions)
+        except ValueError:
+            return ""
+        return " ".join(versions) if is_too_old else ""
 
     def _run(self, command: str, environment: Mapping[str, str], stdin: bytes) -> bytes:
         executable = self.find()

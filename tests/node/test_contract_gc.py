@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.node.contract import NEWEST, VERSIONS, Container, Delegate, assert_refused, container, rows
+from tests.node.contract import NEWEST, PLUGINS, VERSIONS, Container, Delegate, assert_refused, container, rows
 from tests.node.machine import Machine, Outcome, machine
 
 KEYS = ("cni.dev/valid-attachments", "cni.dev/attachments")
@@ -155,3 +156,15 @@ def test_goes_on_after_errors(node: Machine, three: list[Container]) -> None:
             delegate.fails(command, None)
         assert gc(node, **config).exit_code == 0
         assert rows(node) == []
+
+
+def test_delegate_without_gc(node: Machine, tmp_path: Path) -> None:
+    """G02: Debian's host-local is older than GC: its part of it is the DEL of what goes, and that is no failure."""
+    ipam = {"type": "host-local", "subnet": "10.66.0.0/24", "dataDir": str(tmp_path)}
+    it = Container(node, node.add_netns("contract"), {"ipam": ipam})
+    it.add(env={"CNI_PATH": PLUGINS}, cniVersion="1.0.0")
+    env = {"CNI_PATH": PLUGINS, "CNI_CONTAINERID": "", "CNI_NETNS": "", "CNI_IFNAME": ""}
+    for valid_now in ([it], []):
+        it.done("GC", env=env, cniVersion=NEWEST, **{KEYS[0]: valid(*valid_now)})
+        assert len(rows(node)) == len(list(tmp_path.glob("*/10.*"))) == len(valid_now)
+    assert_refused(it.call("STATUS", env=env, cniVersion=NEWEST), 50, "host-local", "1.0.0", version=NEWEST)

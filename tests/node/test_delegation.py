@@ -19,6 +19,7 @@ SUBNET = "10.244.1.0/24"
 
 # host-local, that notes its calls, and does what a file beside it says: fails, waits, or in the end kills the agent.
 WRAPPER = f"""#!/bin/sh
+if [ $CNI_COMMAND = VERSION ]; then echo '{{"cniVersion": "1.1.0", "supportedVersions": ["1.1.0"]}}'; exit 0; fi
 stdin=$(cat)
 echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME" >> "$0.calls"
 echo "$stdin" >> "$0.stdin"

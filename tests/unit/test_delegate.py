@@ -76,7 +76,9 @@ def test_result_without_version(plugin: Plugin) -> None:
 @pytest.mark.parametrize("command", ["DEL", "CHECK", "GC", "STATUS"])
 def test_it_gets_the_call_as_it_was(plugin: Plugin, tmp_path: Path, command: str) -> None:
     """The plugin gets the whole of stdin, and the same environment but for the command, which is its own."""
-    it = plugin('cat > stdin; env -0 > environment; [ "$CNI_COMMAND" = DEL ] || exit 3')
+    it = plugin(
+        '[ $CNI_COMMAND = VERSION ] && exit; cat > stdin; env -0 > environment; [ "$CNI_COMMAND" = DEL ] || exit 3'
+    )
     if command == "DEL":
         it.delete(ENVIRONMENT, STDIN)
     else:
@@ -160,6 +162,36 @@ def test_stderr_is_logged(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> N
     (record,) = caplog.records
     assert "plugin=ipam command=DEL stderr='hello" in record.getMessage()
     assert len(record.getMessage()) < 3000
+
+
+OLD_ERROR = """{"code": 3, "msg": "missing containerID"}"""
+
+
+def old(versions: str) -> str:
+    """Return the script of a plugin that has no GC and no STATUS, and says that it supports these versions."""
+    return f"""[ $CNI_COMMAND = VERSION ] || {{ echo '{OLD_ERROR}'; exit 1; }}; echo '{versions}'"""
+
+
+def test_plugin_without_gc(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:
+    """GC of a plugin whose versions have none is nothing to do; STATUS says which versions it has."""
+    it = plugin(old('{"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0"]}'))
+    with caplog.at_level(logging.INFO, "cni.delegate"):
+        it.gc(ENVIRONMENT, STDIN)
+    assert "plugin=ipam has no GC" in caplog.text
+    error = call(it, "STATUS")
+    assert (error.code, "0.4.0 1.0.0" in error.details) == (50, True)
+    assert call(it, "CHECK").code == 3
+
+
+@pytest.mark.parametrize(
+    "versions",
+    ['{"supportedVersions": ["1.0.0", "1.1.0"]}', '{"supportedVersions": ["one"]}', '{"supportedVersions": []}', "[]"],
+)
+def test_plugin_that_should_have_gc(plugin: Plugin, versions: str) -> None:
+    """The error of a plugin that has GC, or does not say that it has none, is the answer."""
+    it = plugin(old(versions))
+    for command in ("GC", "STATUS"):
+        assert (call(it, command).code, call(it, command).message) == (3, "missing containerID")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../ipam", "/bin/true"])
