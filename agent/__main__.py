@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import NoReturn
 
 from agent.config import Config, ConfigError, load
 from agent.import_host_local import ImportRefused, import_directory
-from agent.lifecycle import StartError, open_store, run
+from agent.lifecycle import StartError, Stop, open_store, run
 from agent.logs import set_up
 from agent.store import StoreError
 
@@ -40,10 +39,12 @@ def main() -> None:
 def _run(config: Config) -> None:
     set_up(config.log_level)
     gc.freeze()  # the modules stay for ever: to look through them takes a collection 50 ms, in which no pod is served
-    stop = threading.Event()
+    stop = Stop()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+        if not stop.asked:  # else it is under way
+            stop.asked = True
+            raise SystemExit
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
@@ -54,9 +55,11 @@ def _run(config: Config) -> None:
     except StartError as error:
         log.error("cannot start error=%r", str(error))
         sys.exit(1)
-    logging.shutdown()
-    # Threads that still serve a launcher are cut off here, as by a crash, which the store is made for.
-    os._exit(0)
+    except SystemExit:
+        log.info("stopped")
+        logging.shutdown()
+        # Threads that still serve a launcher are cut off here, as by a crash, which the store is made for.
+        os._exit(0)
 
 
 def _import(config: Config, arguments: argparse.Namespace) -> None:

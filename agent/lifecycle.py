@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 from agent import masquerade, netlink, supply
 from agent.collector import Collector
@@ -48,10 +48,19 @@ class StartError(Exception):
     """The agent cannot start; the message says what is wrong and, where it can, what to do."""
 
 
-def run(config: Config, version: str, stop: threading.Event) -> None:
-    """Run an agent until `stop` is set. Pods and what carries their packets stay as they are.
+@dataclass
+class Stop:
+    """Whether the agent shall end. No lock, since a signal's handler sets it, and would wait for the main thread."""
 
-    Raises ConfigError, before anything is touched, and StartError.
+    asked: bool = False
+
+
+def run(config: Config, version: str, stop: Stop) -> NoReturn:
+    """Run an agent. Pods and what carries their packets stay as they are when it ends, by SystemExit.
+
+    A signal's handler raises that wherever the main thread is, at the start or later: as a crash there, it does no
+    harm, and calls in hand are finished. `stop` is for when the interpreter loses it (as in a finalizer). Raises
+    ConfigError, before anything is touched, and StartError.
     """
     surroundings = Surroundings(config)
     metrics, readiness = Metrics(version), Readiness()
@@ -63,15 +72,15 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
             spool, scratch, gc = _start(config, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             raise StartError(str(error)) from error
-        while not stop.is_set():
+        while not stop.asked:
             spool.drain()
             gc.collect()
             if readiness.unproved:
                 _prove(scratch, metrics, readiness)
             if not readiness.unproved:
                 _install(config, readiness)
-            stop.wait(config.resync_seconds)
-    log.info("stopped")
+            time.sleep(config.resync_seconds)
+    raise SystemExit
 
 
 def open_store(config: Config) -> Store:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _RECEIVE_SECONDS = 10.0  # a launcher sends what it has at once
 _POLL_SECONDS = 0.05  # how soon `stop` is noticed
+_STOP_SECONDS = 5.0  # for the calls in hand; most take some milliseconds
 _CONCURRENT = 16  # enough to keep the kernel busy; the others wait in line
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
 
@@ -36,6 +37,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         """Listen on `path`, in place of the socket of an earlier agent. Raises OSError."""
         self._handle = handle
         self._turns = threading.BoundedSemaphore(_CONCURRENT)
+        self._calls = threading.Condition()
+        self._in_hand = 0
+        self._is_cut_off = False
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path = path
         path.unlink(missing_ok=True)
@@ -55,12 +59,34 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         threading.Thread(target=self.serve_forever, args=(_POLL_SECONDS,), name="server", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop listening. The socket goes, unless another agent has put its own there."""
+        """Stop listening, and let the calls in hand end. The socket goes, unless another agent has put its own there.
+
+        A call that takes too long gets no answer, whatever comes of it from here on: so its launcher says that the
+        agent is away, or spools the DEL.
+        """
         self.shutdown()
         with suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:  # ours alone, as long as it is open
                 self._path.unlink()
         self.server_close()
+        with self._calls:
+            self._calls.wait_for(lambda: self._in_hand == 0, _STOP_SECONDS)
+            self._is_cut_off = True
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+        """Serve one launcher in a thread of its own."""
+        with self._calls:
+            self._in_hand += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+        """Serve one launcher, and hang up."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._calls:
+                self._in_hand -= 1
+                self._calls.notify_all()
 
     def finish_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # noqa: ARG002
         """Serve one launcher."""
@@ -79,7 +105,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         try:
             # STATUS waits for nobody: its runtime would take the node for unready while many pods start.
             with nullcontext() if request.env.get("CNI_COMMAND") == "STATUS" else self._turns:
-                wire.reply(connection, self._handle(request))
+                reply = self._handle(request)
+            if not self._is_cut_off:
+                wire.reply(connection, reply)
         finally:
             if request.netns is not None:
                 os.close(request.netns)

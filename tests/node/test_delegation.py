@@ -352,3 +352,24 @@ def test_slow_plugins_hold_nobody_up(node: Machine) -> None:
         assert outcome.result().exit_code == 0, outcome.result().stdout
     network.delete(netns)
     netns.delete()
+
+
+def test_call_in_hand_when_the_agent_stops(noting: Network) -> None:
+    """SIGTERM lets an ADD that has begun end: its runtime gets the result, and the pod is there for the next agent."""
+    node = noting.node
+    go = node.directory / "bin" / "noting.go"
+    os.mkfifo(go)
+    told(node, "wait ADD")
+    with ThreadPoolExecutor() as pool:
+        add = pool.submit(noting.add)
+        node.wait_for(lambda: calls(node) == ["ADD"], "the plugin to be called")
+        stop = pool.submit(node.stop_agent)
+        node.wait_for(lambda: not (node.directory / "cni.sock").exists(), "the agent to hear no more calls")
+        go.write_text("go\n")
+        netns, result = add.result()
+        assert stop.result() == 0
+    go.unlink()
+    node.start_agent()
+    address = result["ips"][0]["address"].partition("/")[0]
+    assert node.netns.run("ping", "-c", "1", "-W", "5", address).returncode == 0
+    noting.delete(netns)

@@ -16,6 +16,7 @@ import pytest
 from tests.node.machine import ROOT, Machine, Netns, TestPod, machine
 from tests.node.programs import pinned, wait_settled
 from tests.node.traffic import lossless_traffic
+from tests.support import warm_cache
 
 OTHERS = 20  # more pods, so that a wrong order of changes shows: the time between two of them grows with their number
 # The kernels' own listener reports.
@@ -150,6 +151,22 @@ def test_terminated_among_adds(node: Machine) -> None:
                 done = node.cni("DEL", container_id=netns.name, netns=str(netns.path), ifname=f"eth{number}")
                 assert done.exit_code == 0
     assert not any(node.traces().values())
+
+
+def test_terminated_while_starting(tmp_path: Path) -> None:
+    """SIGTERM ends an agent that is still compiling, which it then leaves undone; the next one starts as ever."""
+    with machine(tmp_path) as node:
+        cache = node.directory / "state" / "cache"
+        shutil.rmtree(cache)
+        node.start_agent(wait=False)
+        assert node.agent
+        children = Path(f"/proc/{node.agent.pid}/task/{node.agent.pid}/children")
+        node.wait_for(lambda: bool(children.read_text()), "the compiler to run")
+        stop(node)
+        assert not cache.exists()
+        assert not (node.directory / "cni.sock").exists()
+        warm_cache(cache)
+        node.start_agent()
 
 
 def add_until_refused(node: Machine, netns: Netns, served: threading.Event) -> int:

@@ -278,3 +278,47 @@ def test_status_waits_for_nobody(path: Path) -> None:
             release.set()
             for thread in threads:
                 thread.join(30)
+
+
+class Slow:
+    """A handler that begins, and ends when it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def handle(self, request: wire.Request) -> wire.Reply:
+        """Wait, and answer."""
+        self.begun.set()
+        assert self.may_end.wait(30)
+        return echo(request)
+
+
+def test_calls_in_hand_are_finished(path: Path) -> None:
+    """A server that stops hears no new caller, and ends after those that it has begun to serve have their answer."""
+    slow = Slow()
+    server = Server(path, slow.handle)
+    server.start()
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(ask, path)
+        assert slow.begun.wait(30)
+        end = pool.submit(server.stop)
+        while path.exists():
+            time.sleep(0.001)
+        assert not end.done()
+        slow.may_end.set()
+        assert call.result(30) == b"1" + REQUEST.stdin
+        end.result(30)
+
+
+def test_calls_that_take_too_long_get_no_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call says after the server has given up on it is not said: what it relied on may be gone."""
+    monkeypatch.setattr("agent.server._STOP_SECONDS", 0.01)
+    slow = Slow()
+    server = Server(path, slow.handle)
+    server.start()
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(exchange, path, wire.encode(REQUEST))
+        assert slow.begun.wait(30)
+        server.stop()
+        slow.may_end.set()
+        assert call.result(30) == b""
