@@ -269,7 +269,6 @@ def _release_leftovers(store: Store, node: Node) -> None:
 def _serve_launchers(paths: Paths, node: Node, metrics: Metrics, cleanup: ExitStack) -> Spool:
     served = observed(partial(handle, node=node), metrics.observe_call)
     spool = Spool(paths.spool, served)
-    spool.drain()
     server = Server(paths.socket, spool.serve)
     server.start()
     cleanup.callback(server.stop)

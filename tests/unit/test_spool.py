@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,7 +50,7 @@ def directory(tmp_path: Path) -> Path:
 def leave(directory: Path, name: str, container: str) -> Path:
     """Leave a DEL as the launcher does."""
     path = directory / f"{name}.del"
-    env = {"CNI_COMMAND": "DEL", "CNI_CONTAINERID": container, "ODD": "\udcff"}
+    env = {"CNI_COMMAND": "DEL", "CNI_CONTAINERID": container, "CNI_IFNAME": "eth0", "ODD": "\udcff"}
     path.write_bytes(wire.encode(wire.Request(env, b'{"name": "n"}')))
     return path
 
@@ -75,7 +79,7 @@ def test_request_arrives_whole(directory: Path) -> None:
         return OK
 
     Spool(directory, handle).drain()
-    env = {"CNI_COMMAND": "DEL", "CNI_CONTAINERID": "a", "ODD": "\udcff"}
+    env = {"CNI_COMMAND": "DEL", "CNI_CONTAINERID": "a", "CNI_IFNAME": "eth0", "ODD": "\udcff"}
     assert received == [wire.Request(env, b'{"name": "n"}', None)]
 
 
@@ -140,34 +144,84 @@ def test_file_that_cannot_be_read(agent: Agent, directory: Path, caplog: pytest.
 
 
 def test_threads(agent: Agent, directory: Path) -> None:
-    """Drained by several threads at once, every DEL is done, and nobody minds that another was faster."""
+    """Drained by several threads at once, every DEL is done once, and nobody minds that another was faster."""
     names = {f"{number:03}" for number in range(60)}
     for name in names:
         leave(directory, name, name)
     spool = Spool(directory, agent.handle)
-    failures: list[BaseException] = []
-
-    def drain() -> None:
-        try:
-            spool.drain()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=drain) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-    assert set(agent.seen) == names
+    with ThreadPoolExecutor(4) as pool:
+        for drained in [pool.submit(spool.drain) for _ in range(4)]:
+            drained.result(30)
+    assert sorted(agent.seen) == sorted(names)
     assert contents(directory) == []
 
 
-def test_add_waits_for_what_is_spooled(agent: Agent, directory: Path) -> None:
-    """A DEL that still waits is done before an ADD, which may be of the same attachment; other calls do not look."""
-    path = leave(directory, "1", "old")
+def add(container: str, ifname: str = "eth0") -> wire.Request:
+    """Return an ADD."""
+    return wire.Request({"CNI_COMMAND": "ADD", "CNI_CONTAINERID": container, "CNI_IFNAME": ifname}, b"")
+
+
+def test_add_waits_for_what_is_spooled_for_it(agent: Agent, directory: Path) -> None:
+    """A DEL of the same container and interface is done before an ADD; others stay, and other calls do not look."""
+    for name, container in (("1", "a"), ("2", "b")):
+        leave(directory, name, container)
     spool = Spool(directory, agent.handle)
-    for command in ("STATUS", "DEL", "ADD"):
-        spool.serve(wire.Request({"CNI_COMMAND": command, "CNI_CONTAINERID": command}, b""))
-    assert agent.seen == ["STATUS", "DEL", "old", "ADD"]
-    assert not path.exists()
+    for command in ("STATUS", "DEL"):
+        spool.serve(wire.Request({"CNI_COMMAND": command, "CNI_CONTAINERID": "a", "CNI_IFNAME": "eth0"}, b""))
+    spool.serve(add("a", "eth1"))
+    assert (agent.seen, contents(directory)) == (["a", "a", "a"], ["1.del", "2.del"])
+    agent.seen.clear()
+    spool.serve(add("a"))
+    assert (agent.seen, contents(directory)) == (["a", "a"], ["2.del"])
+
+
+def test_add_during_its_del(directory: Path) -> None:
+    """An ADD whose spooled DEL another thread is at waits for it, and the DEL is not done again after the ADD."""
+    begun, may_end, seen = threading.Event(), threading.Event(), []
+
+    def handle(request: wire.Request) -> wire.Reply:
+        if request.env["CNI_COMMAND"] == "DEL":
+            begun.set()
+            assert may_end.wait(30)
+        seen.append(request.env["CNI_COMMAND"])
+        return OK
+
+    leave(directory, "1", "a")
+    spool = Spool(directory, handle)
+    with ThreadPoolExecutor() as pool:
+        drained = pool.submit(spool.drain)
+        assert begun.wait(30)
+        served = pool.submit(spool.serve, add("a"))
+        pool.submit(spool.serve, add("b")).result(30)  # which waits for nobody
+        may_end.set()
+        drained.result(30)
+        served.result(30)
+    assert seen == ["ADD", "DEL", "ADD"]
+
+
+def test_old_files_are_removed(agent: Agent, directory: Path) -> None:
+    """What was set aside goes after a week, what a launcher left half done after an hour; a DEL that waits never."""
+    ages = {"1.bad": 8 * 86400, "2.bad": 6 * 86400, ".3.del.tmp": 7200, ".4.del.tmp": 60, "5.del": 30 * 86400}
+    agent.failing = {"a"}
+    for name, age in ages.items():
+        leave(directory, "new", "a").rename(directory / name)
+        os.utime(directory / name, (time.time() - age,) * 2)
+    Spool(directory, agent.handle).drain()
+    assert contents(directory) == [".4.del.tmp", "2.bad", "5.del"]
+
+
+def test_round_is_bounded(agent: Agent, directory: Path) -> None:
+    """When a round's time is over no further DEL is begun; in the next one, what failed comes last."""
+    for name in ("a", "b", "c"):
+        leave(directory, name, name)
+    agent.failing = {"a"}
+    now = itertools.count(step=6)  # seconds that pass with every look
+    spool = Spool(directory, agent.handle, lambda: next(now))
+    spool.drain()
+    assert agent.seen == ["a"]
+    spool.drain()
+    assert agent.seen == ["a", "b"]
+    spool.drain()
+    assert agent.seen == ["a", "b", "c"]
+    spool.drain()
+    assert agent.seen == ["a", "b", "c", "a"]
