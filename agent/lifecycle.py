@@ -31,6 +31,7 @@ from agent.spool import Spool
 from agent.state import KernelError, OtherProtocols
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
+from agent.sysctls import Sysctls
 from agent.wiring import Wiring
 from cni.commands import handle
 from cni.errors import CniError
@@ -119,17 +120,18 @@ def _start(
     config: Config, surroundings: Surroundings, metrics: Metrics, readiness: Readiness, cleanup: ExitStack
 ) -> tuple[Spool, ScratchPod, SelfGc]:
     """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
-    netlink.enable_forwarding()
+    sysctls = Sysctls(config.masquerade)
+    for changed in sysctls.ensure():
+        log.info("set sysctl=%s", changed)
     datapath = _load_datapath(config, metrics)
     cleanup.callback(datapath.close)
     store = open_store(config)
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
     wiring = Wiring()
-    loop = _make_loop(config, datapath, store, wiring, surroundings, metrics)
+    loop = _make_loop(config, datapath, store, wiring, surroundings, sysctls, metrics)
     readiness.trouble = loop.trouble
     node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.mtu, readiness=readiness)
-    _reserve_ports(config)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
     _delete_strays(store, metrics)
@@ -152,6 +154,7 @@ def _make_loop(
     store: Store,
     wiring: Wiring,
     surroundings: Surroundings,
+    sysctls: Sysctls,
     metrics: Metrics,
 ) -> Loop:
     hooks = _hooks(config, datapath)
@@ -164,6 +167,7 @@ def _make_loop(
         subnets=[each.subnet for each in config.ranges],
         resync_seconds=config.resync_seconds,
         outside=surroundings.outside,
+        sysctls=sysctls.ensure,
     )
 
 
@@ -195,12 +199,6 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
         routes=netlink.RouteTable(),
         subnets=netlink.SubnetTable(),
     )
-
-
-def _reserve_ports(config: Config) -> None:
-    first, last = config.masquerade.first_port, config.masquerade.last_port
-    if config.masquerade.enabled and netlink.reserve_ports(first, last):
-        log.info("reserved for masquerading, in net.ipv4.ip_local_reserved_ports, ports=%d-%d", first, last)
 
 
 def _collect_flows(

@@ -88,12 +88,16 @@ class Loop:
         subnets: Sequence[Network],
         resync_seconds: float,
         outside: Callable[[], Outside] = Outside,
+        sysctls: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """`outside` tells what the plan is made for; it is asked with every full pass, and may raise KernelError."""
+        """`outside` tells what the plan is made for; it is asked with every full pass, and may raise KernelError.
+
+        So is `sysctls`: see `Upkeep`.
+        """
         self._store = store
         self._tables = tables
         self._devices = devices
-        self._upkeep = Upkeep(devices, repaired)
+        self._upkeep = Upkeep(devices, repaired, sysctls)
         self._repaired = repaired
         self._settle = settle
         self._subnets = subnets

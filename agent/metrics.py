@@ -46,6 +46,7 @@ _REPAIR_KINDS = (
     "routes",
     "settings",
     "subnets",
+    "sysctls",
     "uplinks",
 )
 

@@ -1,4 +1,4 @@
-"""The pods' devices: made again, set up and looked at, before a full pass of the loop reads the kernel's tables."""
+"""What a full pass of the loop mends before it reads the kernel: the pods' devices, and the node's settings."""
 
 from __future__ import annotations
 
@@ -43,13 +43,17 @@ class Devices(Protocol):
 
 
 class Upkeep:
-    """The part of a full pass that has to do with devices: `begin` before the tables are read, `finish` at its end.
+    """The part of a full pass that is not about tables: `begin` before the tables are read, `finish` at its end.
 
     ADD and DEL see to the devices of pods that are not active themselves. Not thread-safe.
     """
 
-    def __init__(self, devices: Devices, repaired: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, devices: Devices, repaired: Callable[[str, int], None], sysctls: Callable[[], Sequence[str]]
+    ) -> None:
+        """`sysctls` puts the node's settings right, and says which were not; it may raise KernelError."""
         self._devices = devices
+        self._sysctls = sysctls
         self._repaired = repaired
         self._restored: list[Pod] = []
         self._strangers: list[Pod] = []
@@ -65,6 +69,7 @@ class Upkeep:
         send under any other. Its addresses stay bound to its device, and nobody shares a link with it.
         """
         self._failures = {}
+        self._ensure_sysctls()
         active = [pod for pod in pods if pod.phase is Phase.ACTIVE]
         existing, fallen = self._devices.indexes(active), self._devices.fallen()
         missing = [pod for pod in active if pod.device not in existing]
@@ -76,6 +81,16 @@ class Upkeep:
             self._repaired("devices", len(mended))
             log.warning("repaired kind=devices count=%d first=%s", len(mended), mended[0].attachment)
         return self._new_macs([pod for pod in active if pod.device in existing], existing)
+
+    def _ensure_sysctls(self) -> None:
+        try:
+            changed = self._sysctls()
+        except KernelError as error:
+            self._failures["sysctls"] = error
+            return
+        if changed:
+            self._repaired("sysctls", len(changed))
+            log.warning("repaired kind=sysctls count=%d first=%s", len(changed), changed[0])
 
     def finish(self) -> None:
         """Let what was made again, or has changed, carry packets, now that all is in force; tell what has failed."""

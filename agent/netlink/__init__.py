@@ -14,6 +14,7 @@ from agent.netlink.devices import (
     devices,
     enable_forwarding,
     fallen_devices,
+    forwarding_enabled,
     index,
     uplink_mtu,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "enable_forwarding",
     "fallen_devices",
     "forget_pod",
+    "forwarding_enabled",
     "index",
     "introduce_node",
     "is_netns",

@@ -114,6 +114,13 @@ def uplink_mtu() -> int:
     return DEFAULT_MTU
 
 
+def forwarding_enabled() -> bool:
+    """Say whether the host stack forwards. Raises KernelError."""
+    return sysctl.has("net/ipv4/ip_forward", "1") and (
+        not sysctl.ipv6_present() or sysctl.has("net/ipv6/conf/all/forwarding", "1")
+    )
+
+
 def enable_forwarding() -> None:
     """Let the host stack forward between pods and the world. Raises KernelError."""
     sysctl.ensure("net/ipv4/ip_forward", "1")

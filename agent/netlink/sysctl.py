@@ -16,15 +16,22 @@ def ensure(name: str, value: str) -> None:
 
     Read first: a write may have to wait for the lock that all of rtnetlink shares, a read never does.
     """
-    path = f"/proc/sys/{name}"
+    if has(name, value):
+        return
     try:
-        with open(path, "rb", buffering=0) as setting:  # noqa: PTH123 - see ipv6_present
-            if setting.read(64).strip() == value.encode():
-                return
-        with open(path, "wb", buffering=0) as setting:  # noqa: PTH123
+        with open(f"/proc/sys/{name}", "wb", buffering=0) as setting:  # noqa: PTH123 - see ipv6_present
             setting.write(value.encode())
     except OSError as error:
         raise kernel_error(f"set sysctl {name} to {value}", error) from error
+
+
+def has(name: str, value: str) -> bool:
+    """Say whether a sysctl (path below /proc/sys) has that value. Raises KernelError."""
+    try:
+        with open(f"/proc/sys/{name}", "rb", buffering=0) as setting:  # noqa: PTH123 - see ipv6_present
+            return setting.read(64).strip() == value.encode()
+    except OSError as error:
+        raise kernel_error(f"read sysctl {name}", error) from error
 
 
 def keep_router_advertisements() -> None:

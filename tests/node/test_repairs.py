@@ -126,6 +126,17 @@ def test_endpoint_changed(node: Machine, a: TestPod, b: TestPod) -> None:
     assert value_of(node, b.addresses[V4]) == right
 
 
+def test_sysctls_changed(node: Machine, a: TestPod, b: TestPod) -> None:
+    """Forwarding that was switched off is on again, and ports that were given free are reserved, beside others'."""
+    for name, value in (("net.ipv4.ip_forward", "0"), ("net.ipv6.conf.all.forwarding", "0")):
+        with repaired(node, a, b, sysctls=1):
+            node.netns.run("sysctl", "-qw", f"{name}={value}")
+        assert node.netns.run("sysctl", "-n", name).stdout.strip() == "1"
+    with repaired(node, a, b, sysctls=1):
+        node.netns.run("sysctl", "-qw", "net.ipv4.ip_local_reserved_ports=8080")
+    assert node.netns.run("sysctl", "-n", "net.ipv4.ip_local_reserved_ports").stdout.strip() == "8080,49152-65535"
+
+
 def test_foreign_endpoint_added(node: Machine, a: TestPod, b: TestPod) -> None:
     """An endpoint that nobody knows is removed: the map is podlane's alone."""
     with repaired(node, a, b, endpoints=1):
