@@ -5,6 +5,8 @@ missing: it goes with the pod's namespace. And the path that the runtime gave le
 An agent that cannot see the runtime's paths still sees the devices; a device that somebody has deleted in a living pod
 is one that the loop makes again.
 
+What an ADD or a DEL could not finish, or its undo, needs no witness: no call is at work on it.
+
 An imported attachment has no device of podlane's, and host-local kept no path: no witness, so it is never released
 here, but by DEL, by the runtime's GC, or after a reboot.
 """
@@ -46,16 +48,19 @@ class Releaser(Protocol):
     def turn(self, attachment: Attachment) -> AbstractContextManager[None]:
         """Keep other calls for the attachment waiting."""
 
+    def is_at_work(self, attachment: Attachment) -> bool:
+        """Say whether a call for the attachment has its turn."""
+
     def release(self, attachment: Attachment) -> None:
         """Take away all that the attachment has. Raises CniError."""
 
 
 def reason_to_release(pod: Pod, device_exists: bool, netns_there: str | None) -> Reason | None:
-    """Return why a pod counts as gone, None if it does not. Pure.
+    """Return why a pod counts as gone, None if it does not, where no call is at work on it. Pure.
 
     `netns_there` is the identity of the namespace at the pod's path: "" if there is none, None if nobody can tell.
     """
-    if pod.phase is Phase.RELEASING:
+    if pod.phase in (Phase.RELEASING, Phase.RESERVED):
         return Reason.DELETE_FAILED
     if pod.phase is not Phase.ACTIVE or device_exists or netns_there in (None, pod.netns.id):
         return None
@@ -103,7 +108,8 @@ class SelfGc:
     def collect(self) -> None:
         """Release what has been gone for the grace period; what fails is tried again after another one."""
         try:
-            gone = [pod.attachment for pod in self._store.pods() if _reason(pod)]
+            resting = (pod for pod in self._store.pods() if not self._node.is_at_work(pod.attachment))
+            gone = [pod.attachment for pod in resting if _reason(pod)]
         except StoreError as error:
             if self._trouble != str(error):
                 log.error("self-GC cannot read the store error=%r", str(error))

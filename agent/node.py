@@ -58,6 +58,11 @@ class Node:
                 self._at_work.remove(attachment)
                 self._turns.notify_all()
 
+    def is_at_work(self, attachment: Attachment) -> bool:
+        """Say whether a call has its `turn`."""
+        with self._turns:
+            return attachment in self._at_work
+
     def refuse_own_netns(self, netns: int, path: str) -> None:
         """See `cni.commands.Node`."""
         if netlink.same_netns(netns):

@@ -29,6 +29,7 @@ class Releaser:
         self.refusal = ""
         self.tried: list[Attachment] = []
         self.turns: list[Attachment] = []
+        self.at_work: list[Attachment] = []
         self.seconds = 0.0  # that a release takes
         self.now = 1000.0
 
@@ -37,6 +38,10 @@ class Releaser:
         """Take note."""
         self.turns.append(attachment)
         yield
+
+    def is_at_work(self, attachment: Attachment) -> bool:
+        """Say what the test has set."""
+        return attachment in self.at_work
 
     def release(self, attachment: Attachment) -> None:
         """Release, or refuse."""
@@ -101,7 +106,8 @@ POD = Pod(attachment("x"), "pl-x", "", 1500, Netns("/run/netns/x", "4:1"), (), P
         (Phase.ACTIVE, False, None, None),
         (Phase.ACTIVE, True, "", None),  # the agent cannot see the runtime's paths
         (Phase.ACTIVE, True, "4:2", None),
-        (Phase.RESERVED, False, "", None),
+        (Phase.RESERVED, False, "", Reason.DELETE_FAILED),
+        (Phase.RESERVED, True, "4:1", Reason.DELETE_FAILED),
         (Phase.IMPORTED, False, "", None),
         (Phase.RELEASING, True, "4:1", Reason.DELETE_FAILED),
         (Phase.RELEASING, False, None, Reason.DELETE_FAILED),
@@ -167,7 +173,7 @@ def test_deleted_meanwhile(scene: Scene) -> None:
     assert scene.node.tried == []
 
 
-def test_decided_again_within_its_turn(scene: Scene) -> None:
+def test_decided_again_within_its_turn(scene: Scene, tmp_path: Path) -> None:
     """A call that has its turn just before may have replaced the attachment: it is looked at again."""
     it = scene.add("a", "/there/is/no/such")
     scene.round()
@@ -177,7 +183,8 @@ def test_decided_again_within_its_turn(scene: Scene) -> None:
     def busy(attachment: Attachment) -> Iterator[None]:
         with turn(attachment):
             scene.store.remove(it)
-            scene.add("a", "/there/is/no/such", phase=Phase.RESERVED)
+            (tmp_path / "loop").symlink_to(tmp_path / "loop")
+            scene.add("a", str(tmp_path / "loop"))  # of which nobody can tell that it is gone
             yield
 
     scene.node.turn = busy  # type: ignore[method-assign]
@@ -208,6 +215,18 @@ def test_unfinished_delete_is_finished(scene: Scene) -> None:
     assert scene.round() == [it]
     assert scene.round(GRACE) == []
     assert scene.counted == [Reason.DELETE_FAILED]
+
+
+def test_add_that_nobody_finishes(scene: Scene) -> None:
+    """An ADD that ended without an undo is undone after the grace period; one that is still at work is left alone."""
+    it = scene.add("a", "/proc/self/ns/net", phase=Phase.RESERVED)
+    scene.node.at_work = [it]
+    assert scene.round() == [it]
+    assert scene.round(GRACE) == [it]
+    scene.node.at_work = []
+    assert scene.round() == [it]
+    assert scene.round(GRACE) == []
+    assert (scene.node.tried, scene.counted) == ([it], [Reason.DELETE_FAILED])
 
 
 def test_one_that_fails_does_not_keep_the_others(scene: Scene) -> None:
