@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.cluster import Cluster, made_cluster
+from tests.node.contract import Container, container
 from tests.node.internet import Internet
 from tests.node.machine import Machine, machine
 
@@ -19,6 +20,20 @@ def shared_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         it.add_uplink()
         it.start_agent()
         yield it
+
+
+@pytest.fixture(scope="module")
+def clean_node(shared_node: Machine) -> Iterator[Machine]:
+    """Yield such a node; in the end there must be nothing on it."""
+    yield shared_node
+    assert not any(shared_node.traces().values())
+
+
+@pytest.fixture
+def it(node: Machine) -> Iterator[Container]:
+    """Yield a container without interfaces on the test's node."""
+    with container(node) as made:
+        yield made
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from tests.node.contract import NEWEST, VERSIONS, WITH_CHECK, Container, assert_refused, container, launch, rows
-from tests.node.machine import LAUNCHER, Machine, machine
+from tests.node.contract import NEWEST, VERSIONS, WITH_CHECK, Container, assert_refused, launch, rows
+from tests.node.machine import LAUNCHER, Machine
 
 REQUIRED = {
     "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"),
@@ -25,20 +25,9 @@ VARIABLES = {"CNI_CONTAINERID": "c", "CNI_NETNS": "/proc/1/ns/net", "CNI_IFNAME"
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make a node that all tests of this module share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        it.add_uplink()
-        it.start_agent()
-        yield it
-        assert not any(it.traces().values())
-
-
-@pytest.fixture
-def it(node: Machine) -> Iterator[Container]:
-    """Make a container."""
-    with container(node) as it:
-        yield it
+def node(clean_node: Machine) -> Machine:
+    """Share the node among all tests of this module."""
+    return clean_node
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -10,20 +10,16 @@ from typing import Any
 import pytest
 
 from tests.node.contract import NEWEST, PLUGINS, VERSIONS, Container, Delegate, assert_refused, container, rows
-from tests.node.machine import Machine, Outcome, machine
+from tests.node.machine import Machine, Outcome
 
 KEYS = ("cni.dev/valid-attachments", "cni.dev/attachments")
 keys = pytest.mark.parametrize("key", KEYS)
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make a node that all tests of this module share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        it.add_uplink()
-        it.start_agent()
-        yield it
-        assert not any(it.traces().values())
+def node(clean_node: Machine) -> Machine:
+    """Share the node among all tests of this module."""
+    return clean_node
 
 
 @pytest.fixture

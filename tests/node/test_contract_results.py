@@ -20,7 +20,7 @@ from tests.node.contract import (
     container,
     rows,
 )
-from tests.node.machine import Machine, machine
+from tests.node.machine import Machine
 
 DEFAULTS = [{"dst": "0.0.0.0/0", "gw": "169.254.1.1"}, {"dst": "::/0", "gw": "fe80::1"}]
 SUBNET = {"dst": "10.66.0.0/24", "gw": "169.254.1.1"}
@@ -29,20 +29,9 @@ with_lists = pytest.mark.parametrize("version", WITH_LISTS)
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make a node that all tests of this module share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        it.add_uplink()
-        it.start_agent()
-        yield it
-        assert not any(it.traces().values())
-
-
-@pytest.fixture
-def it(node: Machine) -> Iterator[Container]:
-    """Make a container."""
-    with container(node) as it:
-        yield it
+def node(clean_node: Machine) -> Machine:
+    """Share the node among all tests of this module."""
+    return clean_node
 
 
 @pytest.fixture

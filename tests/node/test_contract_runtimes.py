@@ -9,7 +9,7 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.node.contract import VERSIONS, WITH_CHECK, Container, Delegate, assert_refused, container, rows
-from tests.node.machine import LAUNCHER, Machine, Netns, machine
+from tests.node.machine import LAUNCHER, Machine, Netns
 from tests.node.runtimes import Libcni, Multus, cni_args
 
 versions = pytest.mark.parametrize("version", VERSIONS)
@@ -26,20 +26,9 @@ with_check = pytest.mark.parametrize("version", WITH_CHECK)
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make a node that all tests of this module share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        it.add_uplink()
-        it.start_agent()
-        yield it
-        assert not any(it.traces().values())
-
-
-@pytest.fixture
-def it(node: Machine) -> Iterator[Container]:
-    """Make a container."""
-    with container(node) as it:
-        yield it
+def node(clean_node: Machine) -> Machine:
+    """Share the node among all tests of this module."""
+    return clean_node
 
 
 # libcni

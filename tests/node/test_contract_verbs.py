@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -24,7 +23,7 @@ from tests.node.contract import (
     container,
     rows,
 )
-from tests.node.machine import LAUNCHER, Machine, machine
+from tests.node.machine import LAUNCHER, Machine
 
 OTHER_MAC = "02:00:00:00:00:99"
 OTHERS_ETH0 = ("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "other")
@@ -33,20 +32,9 @@ with_check = pytest.mark.parametrize("version", WITH_CHECK)
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make a node that all tests of this module share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        it.add_uplink()
-        it.start_agent()
-        yield it
-        assert not any(it.traces().values())
-
-
-@pytest.fixture
-def it(node: Machine) -> Iterator[Container]:
-    """Make a container."""
-    with container(node) as it:
-        yield it
+def node(clean_node: Machine) -> Machine:
+    """Share the node among all tests of this module."""
+    return clean_node
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,30 +14,18 @@ from tests.node.contract import (
     WITH_CHECK,
     Container,
     assert_refused,
-    container,
     launch,
     rows,
 )
-from tests.node.machine import Machine, machine
+from tests.node.machine import Machine
 
 COMMANDS = {"ADD": VERSIONS, "DEL": VERSIONS, "CHECK": WITH_CHECK, "GC": (NEWEST,), "STATUS": (NEWEST,)}
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Make a node that all tests of this module share."""
-    with machine(tmp_path_factory.mktemp("node")) as it:
-        it.add_uplink()
-        it.start_agent()
-        yield it
-        assert not any(it.traces().values())
-
-
-@pytest.fixture
-def it(node: Machine) -> Iterator[Container]:
-    """Make a container."""
-    with container(node) as it:
-        yield it
+def node(clean_node: Machine) -> Machine:
+    """Share the node among all tests of this module."""
+    return clean_node
 
 
 @pytest.mark.parametrize("version", VERSIONS)
