@@ -87,7 +87,7 @@ class Delegate:
         """
         try:
             self._run("GC", environment, stdin)
-        except CniError as error:
+        except Refusal as error:
             if not (versions := self._too_old("GC", environment, stdin)):
                 raise
             log.info("plugin=%s has no GC, supported versions=%s error=%r", self.type, versions, error.message)
@@ -96,7 +96,7 @@ class Delegate:
         """Have the plugin say whether it could serve ADD; one of an older specification could not, in this version."""
         try:
             self._run("STATUS", environment, stdin)
-        except CniError as error:
+        except Refusal as error:
             if not (versions := self._too_old("STATUS", environment, stdin)):
                 raise
             reason = f"the configuration needs CNI version {SINCE['STATUS']}, the plugin supports {versions}"
