@@ -230,14 +230,14 @@ class Loop:
 
     def _pass(self, full: bool) -> None:
         pods = [*self._store.pods(), *self._guests]
-        before, macs = self._known, self._inside.macs
+        before, macs, queued = self._known, self._inside.macs, self._inside.queued
         if is_full := full or before is None:
             self._outside = self._ask_outside()
-            macs = self._upkeep.begin(pods)
+            macs, queued = self._upkeep.begin(pods), self._devices.queued()
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
         known = self._known
         assert known is not None
-        self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs)
+        self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs, queued)
         subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
         self._indexes = self._current_indexes(pods, {} if is_full else self._indexes)
         desired = plan(pods, self._indexes, subnets, self._outside, self._inside)

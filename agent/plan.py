@@ -47,11 +47,13 @@ class Inside:
     """What plans of all pods and plans of some of them must agree on.
 
     `subnets` are the pods' whose gateway the node is (see `routed_subnets`), `macs` the MAC addresses of the pods' own
-    ends, by index of the host end, where these are known to be others than at ADD.
+    ends, by index of the host end, where these are known to be others than at ADD; `queued` are the indexes of devices
+    that have a queue of somebody else's, which what is sent there must not pass by.
     """
 
     subnets: Collection[Subnet] = ()
     macs: Mapping[int, str] = field(default_factory=dict)
+    queued: Collection[int] = ()
 
 
 def routed_subnets(pods: Iterable[Pod], node_addresses: Collection[Address]) -> frozenset[Subnet]:
@@ -134,7 +136,7 @@ def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside, shap
         native=pod.masquerade is False,
         network=_network_number(pod),
         shaper=shaper,
-        queued=bool(pod.limits.ingress_rate),
+        queued=bool(pod.limits.ingress_rate) or ifindex in inside.queued,
     )
     for address in pod.addresses:
         gateway = next((each.gateway for each in subnets if address in each.network), None)

@@ -40,7 +40,7 @@ class Endpoint:
     shaper: int = 0
     """The index of the device through whose queue it sends, if that is limited."""
     queued: bool = False
-    """What it receives is limited, by the queue of the host end."""
+    """What it receives has to pass the queue of the host end: podlane's, which limits it, or somebody else's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,9 @@ class Devices(Protocol):
     def macs(self) -> dict[int, str]:
         """Return the MAC address of each pod's own end, by the index of the host end. Raises KernelError."""
 
+    def queued(self) -> set[int]:
+        """Return the indexes of the devices that have a queue of somebody else's. Raises KernelError."""
+
     def introduce(self, pod: Pod) -> None:
         """Tell the pod again where the node is. Raises KernelError."""
 

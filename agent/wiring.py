@@ -104,6 +104,10 @@ class Wiring:
         """Return the MAC address of each pod's own end as it is now, by the index of its host end."""
         return netlink.pod_macs()
 
+    def queued(self) -> set[int]:
+        """Return the indexes of the devices on which somebody else has put a queue, as a chained plugin may."""
+        return netlink.foreign_queues()
+
     def delete(self, device: str) -> None:
         """Remove a pair, and its shaper, by the host end's name; what is gone already is fine."""
         for name in (device, shaper_of(device)):

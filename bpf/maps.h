@@ -24,7 +24,7 @@ struct endpoint {
     __u8 native;    /* 1: never masqueraded, as its network's configuration says */
     __u32 network;  /* 0: the flat network of all pods; else one of its own, to which no other is routed */
     __u32 shaper;   /* the device through whose queue all goes that it sends; 0: it sends without a limit */
-    __u8 queued;    /* 1: what it receives passes the queue of its host end, which is limited */
+    __u8 queued;    /* 1: what it receives passes the queue of its host end, which limits it */
     __u8 reserved[3];
 };
 

@@ -29,7 +29,7 @@ from agent.netlink.pods import (
     introduce_node,
     raise_host,
 )
-from agent.netlink.shaping import QueueTable, create_shaper, raise_shaper, shapers
+from agent.netlink.shaping import QueueTable, create_shaper, foreign_queues, raise_shaper, shapers
 from agent.netlink.sysctl import reserve_ports
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
 from agent.netlink.uplinks import node_addresses, uplinks
@@ -52,6 +52,7 @@ __all__ = [
     "devices",
     "enable_forwarding",
     "fallen_devices",
+    "foreign_queues",
     "forget_pod",
     "forwarding_enabled",
     "index",

@@ -17,21 +17,25 @@ from pyroute2.netlink.rtnl import (
     RTM_DELADDR,
     RTM_DELLINK,
     RTM_DELNEIGH,
+    RTM_DELQDISC,
     RTM_DELROUTE,
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
+    RTM_NEWQDISC,
     RTM_NEWROUTE,
+    TC_H_ROOT,
 )
 
 from agent.netlink.channel import RECEIVE, Message, attributes, kernel_error, messages
 from agent.netlink.devices import NAME_PREFIX, name_of
-from agent.netlink.rtnl import IFLA_LINK, IFLA_LINK_NETNSID, LINK, NDA_PROTOCOL, PROTOCOL, ROUTE, u32
+from agent.netlink.rtnl import FILTER, IFLA_LINK, IFLA_LINK_NETNSID, LINK, NDA_PROTOCOL, PROTOCOL, ROUTE, u32
+from agent.netlink.shaping import HANDLE, THE_KERNELS_OWN
 
 log = logging.getLogger(__name__)
 
-# linux/rtnetlink.h, enum rtnetlink_groups: LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
-GROUPS = sum(1 << (group - 1) for group in (1, 3, 5, 7, 9, 11))
+# linux/rtnetlink.h, enum rtnetlink_groups: LINK, NEIGH, TC, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+GROUPS = sum(1 << (group - 1) for group in (1, 3, 4, 5, 7, 9, 11))
 LINK_GROUP = 1
 # Milliseconds, after the first news, to let more come. An ADD causes two dozen, one by one: a thread that woke for each
 # would take the interpreter from the one that serves the ADD.
@@ -45,8 +49,8 @@ OUR_NEIGHBOUR = struct.pack("=HHBxxx", 5, NDA_PROTOCOL, PROTOCOL)
 class Monitor:
     """Calls `changed`, from a thread of its own, when something has changed in the kernel that podlane builds on.
 
-    That is: devices and addresses, default routes, podlane's own routes and neighbours, and the pods' ends of the veth
-    pairs, each in its own namespace.
+    That is: devices and addresses, others' queues, default routes, podlane's own routes and neighbours, and the pods'
+    ends of the veth pairs, each in its own namespace.
 
     Once per burst, and also when the kernel could not deliver all news (ENOBUFS). A context manager: the
     thread runs within. For use once.
@@ -128,6 +132,9 @@ def _concerns_us(message: Message) -> bool:
         return bool(protocol == PROTOCOL or bits == 0)
     if message.type in (RTM_NEWNEIGH, RTM_DELNEIGH):
         return OUR_NEIGHBOUR in message.body
+    if message.type in (RTM_NEWQDISC, RTM_DELQDISC):
+        _, _, handle, parent, _ = FILTER.unpack_from(message.body)
+        return bool(parent == TC_H_ROOT and handle not in (HANDLE, THE_KERNELS_OWN))
     return message.type in ALWAYS
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pyroute2.netlink import NLM_F_CREATE
 from pyroute2.netlink.rtnl import RTM_DELQDISC, RTM_GETQDISC, RTM_NEWLINK, RTM_NEWQDISC, TC_H_ROOT
@@ -35,6 +35,8 @@ from agent.netlink.rtnl import (
 from agent.state import KernelError, Queue
 
 HANDLE = 0x706C0000  # "pl": how a restarted agent recognises its own queues (`tc qdisc show`: 706c:)
+
+THE_KERNELS_OWN = 0  # of a qdisc that nobody has asked for
 
 # linux/pkt_sched.h
 TCA_TBF_PARMS, TCA_TBF_RATE64, TCA_TBF_BURST = 1, 4, 6
@@ -71,19 +73,20 @@ def shapers() -> dict[str, int]:
     return {link.name: link.index for link in own_links("ifb")}
 
 
+def foreign_queues() -> set[int]:
+    """Return the indexes of the devices where somebody else has put a root qdisc. Raises KernelError."""
+    return {number for number, handle, _ in _roots() if handle not in (HANDLE, THE_KERNELS_OWN)}
+
+
 class QueueTable:
     """`Table[int, Queue]`: the queues that are limited, by the index of their device. Others' qdiscs are left alone."""
 
     def read(self) -> dict[int, Queue]:
         """Return podlane's own queues. Raises KernelError."""
-        # tc qdisc show
         found = {}
-        for answer in dump(request("list qdiscs", tcmsg, RTM_GETQDISC)):
-            _, number, handle, parent, _ = FILTER.unpack_from(answer.body)
-            if answer.type == RTM_NEWQDISC and (handle, parent) == (HANDLE, TC_H_ROOT):
-                values = attributes(answer.body, FILTER.size)
-                if text(values.get(TCA_KIND, b"")) == "tbf":
-                    found[number] = _decode(attributes(values[TCA_OPTIONS], 0))
+        for number, handle, values in _roots():
+            if handle == HANDLE and text(values.get(TCA_KIND, b"")) == "tbf":
+                found[number] = _decode(attributes(values[TCA_OPTIONS], 0))
         return found
 
     def upsert(self, items: Mapping[int, Queue]) -> dict[int, KernelError]:
@@ -94,6 +97,15 @@ class QueueTable:
         """Delete queues, and with them what waits there; one already gone, with its device or without, is deleted."""
         keys = list(keys)
         return each(keys, [_delete(key) for key in keys])
+
+
+def _roots() -> Iterator[tuple[int, int, dict[int, bytes]]]:
+    """Yield the device's index, the handle and the attributes of each root qdisc."""
+    # tc qdisc show
+    for answer in dump(request("list qdiscs", tcmsg, RTM_GETQDISC)):
+        _, number, handle, parent, _ = FILTER.unpack_from(answer.body)
+        if answer.type == RTM_NEWQDISC and parent == TC_H_ROOT:
+            yield number, handle, attributes(answer.body, FILTER.size)
 
 
 def _put(number: int, queue: Queue) -> Request:

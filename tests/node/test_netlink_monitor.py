@@ -47,6 +47,7 @@ class TestMonitor:
             "ip -6 address add 2001:db8::1/64 dev plonepeer",
             "ip route add default dev plonepeer",
             "ip -6 route add default dev plonepeer",
+            "tc qdisc add dev plone root handle 1: tbf rate 1mbit burst 10k latency 25ms",
         ],
     )
     def test_meddling_is_told(self, host_ends: tuple[int, int], change: str) -> None:

@@ -127,6 +127,7 @@ class MemoryDevices:
         self.down: set[str] = set()
         self.refused: dict[str, str] = {}
         self.other_ends: dict[int, str] = {}
+        self.others_queues: set[int] = set()
         self._numbers = itertools.count(10)
         self._journal = journal
 
@@ -168,6 +169,10 @@ class MemoryDevices:
     def macs(self) -> dict[int, str]:
         """Return the MAC addresses that tests have set."""
         return dict(self.other_ends)
+
+    def queued(self) -> set[int]:
+        """Return where tests have put a queue."""
+        return set(self.others_queues)
 
     def introduce(self, pod: Pod) -> None:
         """Do nothing but to say so."""
@@ -298,5 +303,6 @@ class World:
         """Return what the tables should hold."""
         pods = self.store.pods()
         indexes = self.devices.indexes(pods)
-        inside = Inside(routed_subnets(pods, self.outside.node_addresses), self.devices.other_ends)
+        subnets = routed_subnets(pods, self.outside.node_addresses)
+        inside = Inside(subnets, self.devices.other_ends, self.devices.others_queues)
         return plan(pods, indexes, self.subnets, self.outside, inside)

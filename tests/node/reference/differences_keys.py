@@ -208,7 +208,7 @@ _BANDWIDTH = Difference(
     "`runtimeConfig.bandwidth`",
     "without effect: another plugin of the chain (bandwidth) reads it",
     "kept, both ways; a rate without a burst is refused, as by that plugin",
-    "that plugin's queues are not on the way of podlane's packets",
+    "that plugin's queue for what a pod sends cannot be where podlane's programs are",
     where("node: limited directions", 0, 2, "runtimeConfig.bandwidth"),
 )
 KEYS_DIFFER = (
