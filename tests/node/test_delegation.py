@@ -119,6 +119,14 @@ def told(node: Machine, what: str) -> None:
     (node.directory / "bin" / "noting.told").write_text(what)
 
 
+def gate(node: Machine) -> Path:
+    """Return the FIFO at which the noting plugin waits when it is told to."""
+    path = node.directory / "bin" / "noting.go"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
 def calls(node: Machine) -> list[str]:
     """Return the commands that the noting plugin was called with, and forget them."""
     file = node.directory / "bin" / "noting.calls"
@@ -306,8 +314,7 @@ def test_crash_between_plugin_and_commit(noting: Network) -> None:
     assert len(noting.held()) == 1
     told(node, "wait DEL")
     calls(node)
-    go = node.directory / "bin" / "noting.go"
-    os.mkfifo(go)
+    go = gate(node)
     node.configure(gc_grace_seconds=0.1)
     node.start_agent()
     node.wait_for(lambda: calls(node) == ["DEL"], "the plugin to be called")
@@ -357,8 +364,7 @@ def test_slow_plugins_hold_nobody_up(node: Machine) -> None:
 def test_call_in_hand_when_the_agent_stops(noting: Network) -> None:
     """SIGTERM lets an ADD that has begun end: its runtime gets the result, and the pod is there for the next agent."""
     node = noting.node
-    go = node.directory / "bin" / "noting.go"
-    os.mkfifo(go)
+    go = gate(node)
     told(node, "wait ADD")
     with ThreadPoolExecutor() as pool:
         add = pool.submit(noting.add)
@@ -368,7 +374,6 @@ def test_call_in_hand_when_the_agent_stops(noting: Network) -> None:
         go.write_text("go\n")
         netns, result = add.result()
         assert stop.result() == 0
-    go.unlink()
     node.start_agent()
     address = result["ips"][0]["address"].partition("/")[0]
     assert node.netns.run("ping", "-c", "1", "-W", "5", address).returncode == 0

@@ -46,7 +46,7 @@ CATALOGUE = {
     "podlane_start_duration_seconds": ("gauge", {"phase"}),
     "podlane_uplink_info": ("gauge", {"device", "ipv4", "ipv6"}),
 }
-KINDS = ("devices", *(each.name for each in fields(Tables)))
+KINDS = ("devices", "sysctls", *(each.name for each in fields(Tables)))
 
 
 @pytest.fixture(scope="module")
