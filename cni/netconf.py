@@ -19,6 +19,7 @@ from cni.versions import UNNAMED
 
 _MASQUERADE_BACKENDS = ("", "iptables", "nftables")
 _LAST_VLAN = 4094
+_WHY_REFUSED = {"ipam.type": "its server must share a layer 2 with the pod, and a pod shares one with its node only"}
 _BITS = 8  # of a byte
 _U32_MAX, _U64_MAX = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _WITHOUT_EFFECT = {
@@ -227,6 +228,7 @@ class NetConf(JsonObject):
         self._check_values()
         runtime = self.runtime_config
         refused = {
+            "ipam.type": self.ipam_type if self.ipam_type == "dhcp" else "",
             "vlan": self.vlan,
             "vlanTrunk": self.vlan_trunk,
             "portIsolation": self.port_isolation,
@@ -236,7 +238,9 @@ class NetConf(JsonObject):
         for key, value in refused.items():
             if value:
                 raise CniError(
-                    Code.UNSUPPORTED_FIELD, f'unsupported field "{key}": {json.dumps(value)}; podlane does not have it'
+                    Code.UNSUPPORTED_FIELD,
+                    f'unsupported field "{key}": {json.dumps(value)}; podlane does not have it',
+                    _WHY_REFUSED.get(key, ""),
                 )
 
     def _check_values(self) -> None:
