@@ -161,6 +161,29 @@ def test_delete_with_any_prev_result(it: Container, version: str) -> None:
         assert rows(it.node) == []
 
 
+WRONG: tuple[dict[str, Any], ...] = (
+    {"mtu": "1400"},
+    {"ipam": []},
+    {"dns": 7},
+    {"runtimeConfig": {"portMappings": [{"hostPort": 70000}], "bandwidth": {"ingressRate": "x"}}},
+    {"args": "x", "prevResult": "x"},
+)
+
+
+@versions
+def test_delete_with_a_wrong_configuration(it: Container, version: str) -> None:
+    """1.4: what ADD refuses in the configuration keeps DEL from nothing, be it there since ADD failed, or ADD did not.
+
+    A runtime calls DEL after a failed ADD, too, and a pod for which it fails does not end.
+    """
+    for wrong in WRONG:
+        assert_refused(it.call("ADD", cniVersion=version, **wrong), 7, version=version)
+        it.done("DEL", cniVersion=version, **wrong)
+        it.add(cniVersion=version)
+        it.done("DEL", cniVersion=version, **wrong)
+        assert rows(it.node) == []
+
+
 @versions
 def test_delete_after_failed_add(it: Container, version: str) -> None:
     """1.4: the DEL after a failed ADD has no prevResult, and succeeds."""
