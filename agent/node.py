@@ -16,7 +16,7 @@ from agent.store import Netns, Origin, Phase, Pod, Store, StoreError
 from agent.translated import translated
 from agent.wiring import GATEWAYS, HOST_MAC, Wiring, device_name, netns_id, pod_mac
 from cni.call import Attachment, Call
-from cni.delegate import Refusal
+from cni.delegate import Delegate, Refusal
 from cni.errors import CniError, Code
 from cni.result import Dns, Interface, Ip, Result, Route
 from cni.wire import Request
@@ -223,7 +223,7 @@ class Node:
         if reason:
             raise CniError(Code.NOT_AVAILABLE, "podlane cannot serve ADD now", reason)
         if source.delegate:
-            source.delegate.status(request.env, request.stdin)
+            _ask(source.delegate, request)
 
     def _known(self, attachment: Attachment) -> Pod:
         with translated():
@@ -231,6 +231,16 @@ class Node:
         if pod is None:
             raise _deleted(attachment)
         return pod
+
+
+def _ask(delegate: Delegate, request: Request) -> None:
+    """Ask a delegate for its STATUS; one that has no say says 50. What it does say comes out as it is."""
+    try:
+        delegate.status(request.env, request.stdin)
+    except CniError as error:
+        if error.code != Code.DELEGATE_FAILED:
+            raise
+        raise CniError(Code.NOT_AVAILABLE, error.message, error.details) from error
 
 
 def _deleted(attachment: Attachment) -> CniError:
