@@ -122,7 +122,7 @@ def _start(
     node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
     _reserve_ports(config)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
-    metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
+    metrics.watch(lambda: tables.outcomes(datapath), store.usage, store.pods)
     _delete_strays(store, metrics)
     with _timed("attach", metrics):
         loop.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from socketserver import TCPServer, ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -29,7 +29,7 @@ from agent.gc import Reason
 from agent.node import Readiness
 from agent.ranges import Range
 from agent.state import KernelError, Uplink
-from agent.store import StoreError
+from agent.store import Pod, StoreError
 
 # ADD takes some milliseconds; what matters is when it does not.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -51,6 +51,7 @@ _REPAIR_KINDS = (
 
 Outcomes = Callable[[], Mapping[str, tuple[int, int]]]
 """Returns packets and bytes by outcome."""
+Pods = Callable[[], Sequence[Pod]]
 
 
 class Metrics:
@@ -116,7 +117,7 @@ class Metrics:
         """Read at every scrape whether ADD can be served, as the probe does."""
         self._ready.set_function(lambda: not readiness.reason)
 
-    def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]) -> None:
+    def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Pods) -> None:
         """Read these at every scrape, rather than keep copies of them."""
         self.registry.register(_Scraped(outcomes, usage, pods))
 
@@ -128,9 +129,7 @@ class Metrics:
 
 
 class _Scraped(Collector):
-    def __init__(
-        self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]
-    ) -> None:
+    def __init__(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Pods) -> None:
         self._outcomes = outcomes
         self._usage = usage
         self._pods = pods
@@ -149,7 +148,9 @@ class _Scraped(Collector):
             packets.add_metric([name], packet_count)
             size.add_metric([name], byte_count)
         yield from (packets, size)
-        yield GaugeMetricFamily("podlane_pods", "Attachments that have addresses.", value=self._pods())
+        pods = self._pods()
+        yield GaugeMetricFamily("podlane_pods", "Attachments that have addresses.", value=len(pods))
+        yield _pod_info(pods)
         yield from self._addresses()
 
     def _addresses(self) -> Iterator[Metric]:
@@ -159,6 +160,17 @@ class _Scraped(Collector):
             used.add_metric([str(each.subnet)], count)
             free.add_metric([str(each.subnet)], each.size - count)
         yield from (used, free)
+
+
+def _pod_info(pods: Sequence[Pod]) -> Metric:
+    """Return whose each device is: Kubernetes' names, where the runtime told them, to join with other metrics."""
+    labels = ["namespace", "pod", "network", "container", "interface", "device"]
+    info = GaugeMetricFamily("podlane_pod_info", "Always 1: an attachment, and its device on the node.", labels=labels)
+    for pod in pods:
+        namespace, _, name = pod.pod_name.rpartition("/")
+        its = pod.attachment
+        info.add_metric([namespace, name, its.network, its.container_id, its.ifname, pod.device], 1)
+    return info
 
 
 class _Masquerade(Collector):
