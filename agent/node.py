@@ -169,10 +169,12 @@ class Node:
     def check(self, call: Call, request: Request, netns: int, prev: Result) -> None:
         """See `cni.commands.Node`. Codes 8, 102 and 103, and those of a delegate."""
         _check_netns(netns, call)
-        if delegate := supply.of(call).delegate:
-            delegate.check(request.env, request.stdin)
         with translated():
             pod = self._store.get(call.attachment)
+        if delegate := supply.of(call).delegate:
+            stdin = supply.as_given(call, request.stdin, prev, pod) if pod else request.stdin
+            delegate.check(request.env, stdin)
+        with translated():
             is_active = pod is not None and pod.phase is Phase.ACTIVE
             if pod is not None and is_active and check.has_new_mac(pod, netns):
                 self._loop.sync(_ADD_SECONDS, full=True)  # a plugin after podlane may have changed it a moment ago

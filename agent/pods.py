@@ -53,10 +53,14 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Subnet:
-    """What an address is of, by its IPAM. `gateway` is the node's own address there; None if that is not the node's."""
+    """What an address is of, by its IPAM. `gateway` is the node's own address there; None if that is not the node's.
+
+    `named` is the gateway that IPAM named, if any, whoever has it.
+    """
 
     network: Network
     gateway: Address | None = None
+    named: Address | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +160,12 @@ def _pod(row: tuple[Any, ...], addresses: Iterable[Address]) -> Pod:
 
 def encode_subnets(subnets: Iterable[Subnet]) -> str:
     """Return subnets as a row has them."""
-    return json.dumps([(str(each.network), str(each.gateway or "")) for each in subnets])
+    return json.dumps([(str(each.network), str(each.gateway or ""), str(each.named or "")) for each in subnets])
 
 
 def _decode_subnets(text: str) -> tuple[Subnet, ...]:
+    """Read subnets; those of older rows have no named gateway."""
     return tuple(
-        Subnet(ip_network(network), ip_address(gateway) if gateway else None) for network, gateway in json.loads(text)
+        Subnet(ip_network(network), *(ip_address(each) if each else None for each in gateways))
+        for network, *gateways in json.loads(text)
     )

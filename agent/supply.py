@@ -6,9 +6,11 @@ Without `ipam` in the network configuration it is the agent's own ranges, with `
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from ipaddress import ip_interface
 from typing import Any
 
 from agent import ipam
@@ -21,7 +23,7 @@ from cni.delegate import Delegate
 from cni.document import decode, lookup
 from cni.errors import CniError, Code
 from cni.netconf import NetConf
-from cni.result import Dns, Result
+from cni.result import Dns, Ip, Result
 from cni.wire import Request
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,26 @@ def give_back(request: Request | None, origin: Origin) -> None:
         if kind := _delegate_of(stdin):
             path = tuple(each for each in environment.get("CNI_PATH", "").split(":") if each)
             Delegate(kind, path).delete(environment, stdin)
+
+
+def as_given(call: Call, stdin: bytes, prev: Result, pod: Pod) -> bytes:
+    """Return the configuration of a CHECK with prevResult as the delegate knows it.
+
+    ADD has put the pod's own gateways and prefix lengths in place of the delegate's, and static compares gateways.
+    """
+    given = replace(prev, ips=tuple(_as_given(ip, pod) for ip in prev.ips))
+    if given == prev:
+        return stdin
+    rest = {key: value for key, value in decode(stdin).items() if key.casefold() != "prevresult"}
+    return json.dumps({**rest, "prevResult": given.to_json(call.config.cni_version)}).encode()
+
+
+def _as_given(ip: Ip, pod: Pod) -> Ip:
+    address = ip.address.ip
+    subnet = next((each for each in pod.subnets if address in each.network), None)
+    if subnet is None or address not in pod.addresses:
+        return ip
+    return replace(ip, address=ip_interface(f"{address}/{subnet.network.prefixlen}"), gateway=subnet.named)
 
 
 def is_delegated(origin: Origin) -> bool:

@@ -291,7 +291,11 @@ def test_check_tolerates_routes_that_went(it: Container, version: str) -> None:
 
 @versions
 def test_delegate_is_given_everything(it: Container, delegate: Delegate, version: str) -> None:
-    """B43, 1.5: the delegate gets all of stdin, and the variables, as they came, with each command."""
+    """B43, 1.5: the delegate gets all of stdin, and the variables, as they came, with each command.
+
+    Only in the prevResult of CHECK it finds its own address and gateway, where podlane has put others into the result.
+    """
+    delegate.gives({"cniVersion": "1.0.0", "ips": [{"address": "10.66.0.2/24", "gateway": "10.66.0.254"}]})
     given = {"cniVersion": version, "ipam": delegate.ipam, "unknown": {"a": [1.5, "x"]}, "bridge": "cni0"}
     env = {"CNI_ARGS": "IgnoreUnknown=1;A=b"}
     result = it.add(env=env, **given)
@@ -302,6 +306,10 @@ def test_delegate_is_given_everything(it: Container, delegate: Delegate, version
     assert delegate.calls() == commands
     for command in commands:
         added = {} if command == "ADD" else more
+        if command == "CHECK":
+            (ip,) = result["ips"]
+            its = {**result, "ips": [{**ip, "address": "10.66.0.2/24", "gateway": "10.66.0.254"}]}
+            added = {"prevResult": its}
         assert delegate.stdin(command) == {"name": "podlane", "type": "podlane", **given, **added}
         assert delegate.env(command) == {
             "CNI_ARGS": env["CNI_ARGS"],
