@@ -104,7 +104,7 @@ class Node:
             raise CniError(Code.ADDRESS_TAKEN, f"MAC address {pod.mac} is in use by {', '.join(holders)}")
 
     def connect(self, call: Call, request: Request, netns: int) -> Result:
-        """See `cni.commands.Node`. Code 102 when the kernel refuses, 11 when it takes too long."""
+        """See `cni.commands.Node`. Codes: 102 when the kernel refuses, 11 when it takes too long, 105."""
         pod, source = self._known(call.attachment), supply.of(call)
         given = self._leased(pod, source, call, request)
         pod = self._noted(pod, given, call)
@@ -113,6 +113,7 @@ class Node:
             default = call.config.is_default_gateway
             routes = podroutes.pod_routes(given, GATEWAYS, is_default_gateway=default)
         with translated():
+            self._loop.refuse_own(pod.addresses)
             self._wiring.create(pod, netns)
             self._loop.sync(_ADD_SECONDS)
             self._loop.check(pod)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_interface
 from typing import Any
 
 import pytest
@@ -61,3 +62,14 @@ def test_asked_for_twice(it: Container, shared_node: Machine) -> None:
     finally:
         other.netns.delete()
     it.done("DEL", **call)
+
+
+@pytest.mark.parametrize("own", ["192.0.2.10/24", "2001:db8::10/64"])
+@pytest.mark.parametrize("kind", ["static", "podlane"])
+def test_address_of_the_node(it: Container, kind: str, own: str) -> None:
+    """No pod gets an address that the node has: what the world sends to the node would reach the pod."""
+    ipam: dict[str, Any] = {"type": kind, "addresses": [{"address": own}], "subnet": str(ip_interface(own).network)}
+    call: dict[str, Any] = {"ipam": ipam, "runtimeConfig": {"ips": [own]}, "env": {"CNI_PATH": PLUGINS}}
+    before = it.node.traces()
+    assert_refused(it.call("ADD", **call), 105, own.partition("/")[0], "node itself")
+    assert it.node.traces() == before
