@@ -116,6 +116,7 @@ class NetArgs(JsonObject):
 
     ips: Many[str] = ()
     mac: str = ""
+    labels: Any = None  # whatever it is: nothing is done with it
 
 
 class Args(JsonObject):
@@ -217,7 +218,10 @@ class NetConf(JsonObject):
         """The keys that ask for something which cannot matter here, each with the reason why: for the log."""
         fields = type(self).model_fields
         asking = [name for name in _WITHOUT_EFFECT if getattr(self, name) != fields[name].default]
-        return {fields[name].alias or name: _WITHOUT_EFFECT[name] for name in asking}
+        found = {fields[name].alias or name: _WITHOUT_EFFECT[name] for name in asking}
+        if self.args.cni.labels:
+            found["args.cni.labels"] = "podlane has nothing that goes by labels"
+        return found
 
     def check_served(self) -> None:
         """Refuse by name what would otherwise silently not happen.

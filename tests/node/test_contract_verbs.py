@@ -343,6 +343,30 @@ def test_many_at_once(node: Machine) -> None:
     assert not any(node.traces().values())
 
 
+def test_same_one_at_once(it: Container) -> None:
+    """IO8, H03: of several ADDs of one interface at a time one succeeds, and the others do not touch what it made."""
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(lambda _: it.call("ADD"), range(8)))
+    (result,) = [each.json() for each in outcomes if each.exit_code == 0]
+    for each in outcomes:
+        if each.exit_code:
+            assert_refused(each, 100)
+    assert len(devices(it.node)) == 1
+    it.done("CHECK", prevResult=result)
+    assert it.pings("192.0.2.1")
+
+
+def test_added_and_deleted_at_once(it: Container) -> None:
+    """IO8: whatever order ADDs and DELs of one interface come in, what is left is what the last of them made."""
+    for _ in range(5):
+        with ThreadPoolExecutor(6) as pool:
+            outcomes = list(pool.map(it.call, ["ADD", "DEL"] * 3))
+        assert {each.exit_code for each in outcomes[1::2]} == {0}
+        assert len(rows(it.node)) == len(devices(it.node)) <= 1
+        it.done("DEL")
+        assert not any(it.node.traces().values())
+
+
 @pytest.mark.parametrize("version", WITH_LISTS)
 def test_beside_loopback(it: Container, version: str) -> None:
     """X05: ADD works while another plugin works in the same namespace, as containerd's loopback does."""

@@ -99,9 +99,10 @@ def test_keys_without_effect(node: Machine, netns: Netns) -> None:
         "macspoofchk": True,
         "enabledad": True,
     }
-    add(node, netns, **keys, vlan=0, promiscMode=False, preserveDefaultVlan=True)  # as if they were not there
+    labels = {"cni": {"labels": [{"key": "app", "value": "web"}]}}
+    add(node, netns, **keys, args=labels, vlan=0, promiscMode=False, preserveDefaultVlan=True)  # these as if absent
     (line,) = [line for line in node.log.read_text().splitlines() if "have no effect" in line and netns.name in line]
-    assert [key for key in keys if f"{key} (" not in line] == []
+    assert [key for key in (*keys, "args.cni.labels") if f"{key} (" not in line] == []
     assert "cni0" not in node.netns.run("ip", "-o", "link").stdout
 
 
