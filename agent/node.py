@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # Below the launcher's deadlines (60 s for ADD, 10 s for DEL), so that the runtime hears the reason.
 _ADD_SECONDS = 20.0
 _DEL_SECONDS = 8.0
+_IPV6_MIN_MTU = 1280  # bytes
 
 
 class Node:
@@ -108,6 +109,7 @@ class Node:
         pod, source = self._known(call.attachment), supply.of(call)
         given = self._leased(pod, source, call, request)
         pod = self._noted(pod, given, call)
+        _check_mtu(pod)
         routes = None
         if given is not None:
             default = call.config.is_default_gateway
@@ -253,6 +255,12 @@ def _deleted(attachment: Attachment) -> CniError:
 def _check_netns(netns: int, call: Call) -> None:
     if not netlink.is_netns(netns):
         raise CniError(Code.INVALID_NETNS, "CNI_NETNS is not a network namespace", call.netns_path)
+
+
+def _check_mtu(pod: Pod) -> None:
+    """Refuse what the kernel has no IPv6 for (RFC 8200 section 5), in other words than its own."""
+    if pod.mtu < _IPV6_MIN_MTU and any(address.version == 6 for address in pod.addresses):
+        raise CniError(Code.INVALID_NETWORK_CONFIG, f"mtu {pod.mtu}: IPv6 needs {_IPV6_MIN_MTU} at least")
 
 
 def _pod_name(call: Call) -> str:

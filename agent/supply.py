@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_interface
 from typing import Any
 
 from agent import ipam
-from agent.ranges import Pool
+from agent.ranges import Pool, fits_no_pod
 from agent.resolv import read_resolv_conf
 from agent.state import Address
 from agent.store import Origin, Pod
@@ -79,6 +79,7 @@ def of(call: Call) -> Supply:
     if not config.ipam and not ranges:
         return Supply(requested=requested)
     own = ipam.read(config.ipam or {}, network=config.name, version=config.cni_version, ip_ranges=ranges)
+    _check_pools(own.pools)
     return Supply(pools=own.pools, requested=requested, own=own)
 
 
@@ -143,19 +144,19 @@ def _ipam_of(stdin: bytes) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _check_pools(pools: Iterable[Pool]) -> None:
+    """Refuse ranges whose addresses no pod can use."""
+    for each in (each for pool in pools for each in pool.ranges):
+        if fits_no_pod(each.first) or fits_no_pod(each.last):
+            raise CniError(Code.INVALID_NETWORK_CONFIG, f"ipam: no pod can have an address of {each}")
+
+
 def _check_given(delegate: Delegate, given: Result) -> None:
     """Refuse a result that no pod can use."""
     if not given.ips:
         raise CniError(Code.DELEGATE_FAILED, f"IPAM plugin {delegate.type} returned missing IP config")
-    for ip in given.ips:
-        address = ip.address.ip
-        if (
-            address.is_unspecified
-            or address.is_loopback
-            or address.is_multicast
-            or address.is_link_local
-            or (address.version == 6 and address.ipv4_mapped is not None)
-        ):
+    for address in (ip.address.ip for ip in given.ips):
+        if fits_no_pod(address):
             raise CniError(
                 Code.DELEGATE_FAILED,
                 f"IPAM plugin {delegate.type} gave {address}: no pod can have that address",

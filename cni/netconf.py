@@ -19,6 +19,7 @@ from cni.versions import UNNAMED
 
 _MASQUERADE_BACKENDS = ("", "iptables", "nftables")
 _LAST_VLAN = 4094
+_IPV4_MIN_MTU = 68  # bytes (RFC 791 section 3.2; the kernel takes no less for a veth pair)
 _WHY_REFUSED = {"ipam.type": "its server must share a layer 2 with the pod, and a pod shares one with its node only"}
 _BITS = 8  # of a byte
 _U32_MAX, _U64_MAX = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
@@ -253,6 +254,7 @@ class NetConf(JsonObject):
             f"invalid VLAN ID {self.vlan} (must be between 0 and {_LAST_VLAN})": not 0 <= self.vlan <= _LAST_VLAN,
             f"unknown ipmasq backend {json.dumps(self.ip_masq_backend)}": self.ip_masq_backend
             not in _MASQUERADE_BACKENDS,
+            f"mtu {self.mtu}: IPv4 needs {_IPV4_MIN_MTU} at least": 0 < self.mtu < _IPV4_MIN_MTU,
             "cannot set hairpin mode and promiscuous mode at the same time": self.hairpin_mode and self.promisc_mode,
             **self.runtime_config.bandwidth.faults(),
         }

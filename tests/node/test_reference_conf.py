@@ -147,6 +147,32 @@ def test_refused_as_the_reference_does(node: Machine, netns: Netns, config: dict
 
 
 @pytest.mark.parametrize(
+    ("subnet", "mtu", "message"),
+    [
+        ("127.0.0.0/24", 0, "no pod can have an address of 127.0.0.0/24"),
+        ("224.0.1.0/24", 0, "224.0.1.0/24"),
+        ("169.254.0.0/16", 0, "169.254.0.0/16"),
+        ("fe80::/64", 0, "fe80::/64"),
+        ("::ffff:10.77.0.0/120", 0, "10.77.0.0"),
+        ("10.77.0.0/24", 67, "mtu 67: IPv4 needs 68 at least"),
+        ("fd77::/64", 1279, "mtu 1279: IPv6 needs 1280 at least"),
+    ],
+)
+def test_no_life_for_a_pod(node: Machine, netns: Netns, subnet: str, mtu: int, message: str) -> None:
+    """What the kernel, or the world, has no place for is refused with code 7, key and value; nothing is left."""
+    before = node.traces()
+    code, text = refused(call(node, "ADD", netns, ipam={"type": "podlane", "subnet": subnet}, mtu=mtu))
+    assert (code, message in text) == (7, True), text
+    assert node.traces() == before
+
+
+@pytest.mark.parametrize("subnet", ["10.77.0.0/24", "fd77::/64"])
+def test_least_mtu(node: Machine, netns: Netns, subnet: str) -> None:
+    """The least MTU that a family has works."""
+    add(node, netns, ipam={"type": "podlane", "subnet": subnet}, mtu=1280 if ":" in subnet else 68)
+
+
+@pytest.mark.parametrize(
     ("given", "is_default_gateway", "expected"),
     [
         ([], False, [SUBNET]),
