@@ -10,6 +10,7 @@ from dataclasses import replace
 from ipaddress import ip_interface
 
 from agent import check, netlink, podroutes, supply
+from agent.config import IPV6_MIN_MTU
 from agent.loop import Loop
 from agent.readiness import Readiness
 from agent.store import Netns, Origin, Phase, Pod, Store, StoreError
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 # Below the launcher's deadlines (60 s for ADD, 10 s for DEL), so that the runtime hears the reason.
 _ADD_SECONDS = 20.0
 _DEL_SECONDS = 8.0
-_IPV6_MIN_MTU = 1280  # bytes
 
 
 class Node:
@@ -259,8 +259,8 @@ def _check_netns(netns: int, call: Call) -> None:
 
 def _check_mtu(pod: Pod) -> None:
     """Refuse what the kernel has no IPv6 for (RFC 8200 section 5), in other words than its own."""
-    if pod.mtu < _IPV6_MIN_MTU and any(address.version == 6 for address in pod.addresses):
-        raise CniError(Code.INVALID_NETWORK_CONFIG, f"mtu {pod.mtu}: IPv6 needs {_IPV6_MIN_MTU} at least")
+    if pod.mtu < IPV6_MIN_MTU and any(address.version == 6 for address in pod.addresses):
+        raise CniError(Code.INVALID_NETWORK_CONFIG, f"mtu {pod.mtu}: IPv6 needs {IPV6_MIN_MTU} at least")
 
 
 def _pod_name(call: Call) -> str:
