@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -33,6 +34,7 @@ from agent.store import Pod, StoreError
 
 # ADD takes some milliseconds; what matters is when it does not.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_CONNECTIONS = 64  # at a time, of scrapers and probes
 _COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS")
 _REPAIR_KINDS = (
     "devices",
@@ -252,7 +254,26 @@ def _protocol(number: int) -> str:
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    """Serves some at a time; one more is hung up on, for any process of the node's may open connections."""
+
     daemon_threads = True
+    request_queue_size = 128  # those that come at once; the default of 5 makes others wait for a second
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # as the base class has it
+        self._room = threading.BoundedSemaphore(_CONNECTIONS)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # not HTTPServer's: that asks DNS for this host's name, which may take for ever
@@ -265,6 +286,8 @@ class _IPv6Server(_ThreadingServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
+    timeout = 5.0  # seconds to wait for the request
+
     def log_message(self, format: str, *args: object) -> None:  # the base class's name
         """Scrapes are not news."""
 
