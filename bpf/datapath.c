@@ -18,6 +18,7 @@
 #include "counters.h"
 #include "deliver.h"
 #include "fragments.h"
+#include "host_ports.h"
 #include "icmp_error.h"
 #include "identify.h"
 #include "inbound.h"
@@ -56,13 +57,16 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
         return punt(skb, OUTCOME(punt_reply));
 
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);
+    bool by_host_port = may_be_served(packet, endpoint) && translate_locally(skb, packet, endpoint);
+    if (by_host_port)
+        endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
         return leave(skb, packet);
     if (endpoint->network != packet->network)
         return drop(skb, OUTCOME(drop_other_network));
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
-    return deliver(skb, packet, endpoint, OUTCOME(fwd_local));
+    return deliver(skb, packet, endpoint, by_host_port ? OUTCOME(port_local) : OUTCOME(fwd_local));
 }
 
 /* What a pod sends: ingress of the host end of its veth pair. */
@@ -93,10 +97,14 @@ int to_pod(struct __sk_buff *skb)
     struct packet packet = {};
     struct transport transport = {};
 
-    if (parse(skb, &packet) == KIND_IP && !node_addresses.lookup(&packet.source) &&
-        identify(skb, &packet, &transport)) {
-        struct endpoint *pod = endpoints.lookup(&packet.destination);
-        if (pod)
+    if (parse(skb, &packet) != KIND_IP)
+        return punt(skb, OUTCOME(fwd_from_stack));
+    struct endpoint *pod = endpoints.lookup(&packet.destination);
+    bool is_nodes = node_addresses.lookup(&packet.source);
+    if (pod && (pod->serves || !is_nodes) && identify(skb, &packet, &transport)) {
+        if (is_nodes)
+            forget_host_port(&transport);
+        else
             keep_in_stack(&transport, pod);
     }
     return punt(skb, OUTCOME(fwd_from_stack));
@@ -106,7 +114,11 @@ int to_pod(struct __sk_buff *skb)
 static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct transport *transport, bool known,
                           bool fast)
 {
-    if (known && is_reply(packet, transport))
+    struct note *note = known ? reply_note(packet, transport) : 0;
+    if (note && note->port)
+        return answer_as_noted(skb, packet, transport, note) ? punt(skb, OUTCOME(port_out))
+                                                             : drop(skb, OUTCOME(drop_masq_unsupported));
+    if (note)
         return punt(skb, OUTCOME(fwd_reply));
     __u32 rule = rule_for(packet, transport);
     if (packet->native || is_native(packet) || (rule == OTHER_STACK && !fast))
@@ -145,6 +157,9 @@ int to_uplink(struct __sk_buff *skb)
     if (known && node_addresses.lookup(&packet.source)) {
         if (transport.quoted && masquerade_error(skb, &packet, &transport))
             return masqueraded_out(skb, &transport);
+        struct note *note = transport.quoted ? find_note(&transport.tuple) : 0;
+        if (note && answer_as_noted(skb, &packet, &transport, note))
+            return punt(skb, OUTCOME(port_out));
         reclaim_port(&transport);
     }
     return punt(skb, OUTCOME(fwd_host_out));
@@ -162,6 +177,8 @@ int from_uplink(struct __sk_buff *skb)
     bool known = identify(skb, &packet, &transport);
     if (known && unmasquerade(skb, &packet, &transport))
         outcome = OUTCOME(masq_in);
+    else if (known && to_host_port(skb, &packet, &transport))
+        outcome = OUTCOME(port_in);
 
     struct endpoint *pod = endpoints.lookup(&packet.destination);
     if (!pod || is_link_local(&packet.destination))
@@ -171,7 +188,7 @@ int from_uplink(struct __sk_buff *skb)
     if (pod->via_stack && (packet.is_fragment || (known && stack_flows.lookup(&transport.tuple))))
         return punt(skb, outcome);
     if (known && outcome == OUTCOME(fwd_inbound))
-        note_inbound(&transport);
+        note_direct(&transport);
     if (packet.is_ipv6)
         bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
     return deliver(skb, &packet, pod, outcome);

@@ -49,6 +49,7 @@ struct packet {
     __u8 via_stack;   /* this and the next two are of the source's endpoint; see maps.h */
     __u8 native;
     __u32 network;
+    __u8 serves;           /* likewise */
     __u8 is_ipv6;          /* the header's family, not the addresses' looks */
     __u8 neighbour_type;   /* the ICMPv6 type if this is neighbour discovery, else 0 */
     struct addr neighbour; /* its target, if it has one */

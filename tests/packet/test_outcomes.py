@@ -13,6 +13,7 @@ from agent.datapath.tables import outcomes
 
 from .conftest import SOURCE
 from .harness import DROP, A, B, Ran, Rig, verdicts_of
+from .test_host_ports import CLIENT, HOST, OWN, publish
 from .test_to_pod import EXAMPLES
 from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, from_pod, leaving, request
 
@@ -53,6 +54,17 @@ def parted(node: Node) -> None:
     node.alter_endpoints(B, network=1)
 
 
+def published(node: Node) -> None:
+    """Give a pod a host port."""
+    publish(node, "udp", 4, pod=B)
+
+
+def called_by_port(node: Node) -> None:
+    """Let an outsider send something to a host port."""
+    published(node)
+    node.into(arriving(4, NODE[4]) / request("udp", 4, CLIENT, to_port=HOST))
+
+
 def nothing(_: Node) -> None:
     """Need nothing."""
 
@@ -71,6 +83,9 @@ WORLDLY: dict[str, Example] = {
     "fwd_reply": (called, OUT, leaving(4, A.ipv4) / answer("udp", 4, 5000)),
     "masq_in": (opened, IN, arriving(4, NODE[4]) / answer("udp", 4, PORT)),
     "masq_out": (nothing, OUT, leaving(4, A.ipv4) / UDP()),
+    "port_in": (published, IN, arriving(4, NODE[4]) / UDP(dport=HOST)),
+    "port_local": (published, UP, from_pod(4, A, NODE[4]) / UDP(dport=HOST)),
+    "port_out": (called_by_port, OUT, leaving(4, B.ipv4) / answer("udp", 4, CLIENT, to_port=OWN)),
     "punt_fragment": (nothing, IN, arriving(4, NODE[4], **LATER) / bytes(8)),
     "punt_no_route": (nothing, UP, from_pod(4, A, UNREACHABLE[4]) / UDP()),
     "punt_reply": (brought, UP, from_pod(4) / answer("udp", 4, 5000)),
@@ -109,7 +124,7 @@ def test_reached_at_an_uplink(node: Node, name: str) -> None:
 
 def test_names_say_the_verdict(rig: Rig) -> None:
     """An outcome's prefix is its verdict; there is no other."""
-    assert {name.partition("_")[0] for name in outcomes(rig.datapath)} == {"fwd", "masq", "punt", "drop"}
+    assert {name.partition("_")[0] for name in outcomes(rig.datapath)} == {"fwd", "masq", "port", "punt", "drop"}
 
 
 def names_in_table(heading: str) -> list[str]:
