@@ -33,7 +33,9 @@ def install_conflist(directory: Path, network: str) -> None:
         "cniVersion": "1.0.0",
         "cniVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"],
         "name": network,
-        "plugins": [{"type": "podlane", "capabilities": {"ips": True, "mac": True, "ipRanges": True}}],
+        "plugins": [
+            {"type": "podlane", "capabilities": {"ips": True, "mac": True, "ipRanges": True, "portMappings": True}}
+        ],
     }
     _put(directory / _CONFLIST, json.dumps(conflist, indent=2).encode() + b"\n", 0o644)
 

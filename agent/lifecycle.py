@@ -118,7 +118,14 @@ def _start(
     wiring = Wiring()
     loop = _make_loop(config, datapath, store, wiring, surroundings, metrics)
     readiness.trouble = loop.trouble
-    node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    node = Node(
+        store=store,
+        wiring=wiring,
+        loop=loop,
+        mtu=config.mtu,
+        readiness=readiness,
+        masqueraded_ports=masquerade.ports(config.masquerade),
+    )
     _reserve_ports(config)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
@@ -177,6 +184,7 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
         settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
         prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
         node_addresses=entries.AddressTable(maps["node_addresses"]),
+        host_ports=entries.HostPortTable(maps["host_ports"]),
         hooks=hooks,
         uplinks=entries.UplinkTable(maps["uplinks"]),
         neighbours=netlink.NeighbourTable(),

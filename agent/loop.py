@@ -24,11 +24,13 @@ from agent.state import (
     Endpoint,
     Gateway,
     Hook,
+    HostPort,
     HostRoute,
     KernelError,
     Lanes,
     Neighbour,
     Network,
+    PodPort,
     Settings,
     Sources,
     State,
@@ -55,6 +57,7 @@ class Tables:
     settings: Table[int, Settings]
     prefixes: Table[Network, Lanes]
     node_addresses: Table[Address, int]
+    host_ports: Table[HostPort, PodPort]
     hooks: Table[Hook, Attached]
     uplinks: Table[int, Sources]
     neighbours: Table[Neighbour, str]

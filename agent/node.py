@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_interface
 
-from agent import check, netlink, podroutes, supply
+from agent import check, host_ports, netlink, podroutes, supply
 from agent.loop import Loop
 from agent.readiness import Readiness
 from agent.store import Netns, Origin, Phase, Pod, Store, StoreError
@@ -33,13 +33,26 @@ _DEL_SECONDS = 8.0
 class Node:
     """Implements `cni.commands.Node`. Thread-safe."""
 
-    def __init__(self, *, store: Store, wiring: Wiring, loop: Loop, mtu: int, readiness: Readiness) -> None:
-        """`mtu` is the configured one in bytes; 0 means that of the uplink at the time of each ADD."""
+    def __init__(
+        self,
+        *,
+        store: Store,
+        wiring: Wiring,
+        loop: Loop,
+        mtu: int,
+        readiness: Readiness,
+        masqueraded_ports: range = range(0),
+    ) -> None:
+        """`mtu` is the configured one in bytes; 0 means that of the uplink at the time of each ADD.
+
+        None of the `masqueraded_ports` can be a host port.
+        """
         self._store = store
         self._wiring = wiring
         self._loop = loop
         self._mtu = mtu
         self._readiness = readiness
+        self._masqueraded_ports = masqueraded_ports
         self._turns = threading.Condition()
         self._at_work: set[Attachment] = set()
 
@@ -65,11 +78,12 @@ class Node:
         """See `cni.commands.Node`.
 
         Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved, 100 for a
-        second ADD, 101 for no free address, 105 for an address or MAC that another pod has.
+        second ADD, 101 for no free address, 105 for an address, MAC or host port that another pod has.
         """
         if self._readiness.unproved:
             raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
         source = supply.of(call)
+        published = host_ports.read(call.config.runtime_config.port_mappings, self._masqueraded_ports)
         _check_netns(netns, call)
         with translated():
             pod = self._store.reserve(
@@ -84,6 +98,7 @@ class Node:
                 pod_name=_pod_name(call),
                 masquerade=call.config.masquerade,
                 origin=_origin(request),
+                published=published,
             )
             if call.requested_mac:
                 self._refuse_shared_mac(pod)  # now that the row is there: two calls at a time cannot miss each other
@@ -107,6 +122,7 @@ class Node:
         pod, source = self._known(call.attachment), supply.of(call)
         given = self._leased(pod, source, call, request)
         pod = self._noted(pod, given, call)
+        host_ports.check_families(pod)
         routes = None
         if given is not None:
             default = call.config.is_default_gateway

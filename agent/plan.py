@@ -17,6 +17,7 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PodPort,
     Settings,
     State,
     Uplink,
@@ -108,7 +109,12 @@ def _plan_outside(desired: State, outside: Outside) -> None:
 def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside) -> None:
     mac = inside.macs.get(ifindex, pod.mac)
     subnets = [each for each in pod.subnets if each in inside.subnets]
-    endpoint = Endpoint(ifindex, mac, native=pod.masquerade is False, network=_network_number(pod))
+    native, network, serves = pod.masquerade is False, _network_number(pod), bool(pod.published)
+    endpoint = Endpoint(ifindex, mac, native=native, network=network, serves=serves)
+    first = {address.version: address for address in reversed(pod.addresses)}
+    for each in pod.published:
+        if address := first.get(each.at.address.version):
+            desired.host_ports[each.at] = PodPort(address, each.port)
     for address in pod.addresses:
         gateway = next((each.gateway for each in subnets if address in each.network), None)
         desired.endpoints[address] = endpoint

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 from agent.schema import unpack
-from agent.state import Address, Network
+from agent.state import Address, HostPort, Network
 from cni.call import Attachment
 
 IS = "network = ? AND container_id = ? AND ifname = ?"
@@ -21,6 +21,7 @@ _COLUMNS = (
     "network, container_id, ifname, phase, device, mac, mtu, netns_path, netns_id, boot_id,"
     " pod_name, masquerade, environment, stdin, routes, subnets"
 )
+_HOST_PORT = "address, port, protocol, pod_port"
 
 
 class Phase(StrEnum):
@@ -57,6 +58,14 @@ class Subnet:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """A host port, and the pod's port that it leads to."""
+
+    at: HostPort
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pod:
     """One attachment. `device` is the host end of its veth pair, `mac` the pod's own MAC.
 
@@ -78,6 +87,7 @@ class Pod:
     origin: Origin = Origin()
     routes: str = ""
     subnets: tuple[Subnet, ...] = ()
+    published: tuple[Published, ...] = ()
 
 
 def key(attachment: Attachment) -> tuple[str, str, str]:
@@ -86,7 +96,7 @@ def key(attachment: Attachment) -> tuple[str, str, str]:
 
 
 def insert(db: sqlite3.Connection, pod: Pod) -> None:
-    """Make a pod's row; its addresses are not part of it. Raises sqlite3.IntegrityError if it exists."""
+    """Make a pod's row; its addresses and host ports are not part of it. Raises sqlite3.IntegrityError if it exists."""
     row = (
         *key(pod.attachment),
         pod.phase,
@@ -112,7 +122,8 @@ def find(db: sqlite3.Connection, attachment: Attachment) -> Pod | None:
     if row is None:
         return None
     addresses = db.execute("SELECT address FROM address WHERE device = ? ORDER BY position", (row[4],))
-    return _pod(row, (unpack(address) for (address,) in addresses))
+    published = db.execute(f"SELECT {_HOST_PORT} FROM host_port WHERE device = ?", (row[4],))  # noqa: S608
+    return _pod(row, (unpack(address) for (address,) in addresses), map(_published, published))
 
 
 def find_all(db: sqlite3.Connection) -> list[Pod]:
@@ -121,10 +132,18 @@ def find_all(db: sqlite3.Connection) -> list[Pod]:
     addresses: dict[str, list[Address]] = {}
     for device, address in db.execute("SELECT device, address FROM address ORDER BY position"):
         addresses.setdefault(device, []).append(unpack(address))
-    return [_pod(row, addresses.get(row[4], ())) for row in rows]
+    published: dict[str, list[Published]] = {}
+    for device, *host_port in db.execute(f"SELECT device, {_HOST_PORT} FROM host_port"):  # noqa: S608
+        published.setdefault(device, []).append(_published(host_port))
+    return [_pod(row, addresses.get(row[4], ()), published.get(row[4], ())) for row in rows]
 
 
-def _pod(row: tuple[Any, ...], addresses: Iterable[Address]) -> Pod:
+def _published(row: Sequence[Any]) -> Published:
+    address, port, protocol, pod_port = row
+    return Published(HostPort(unpack(address), port, protocol), pod_port)
+
+
+def _pod(row: tuple[Any, ...], addresses: Iterable[Address], published: Iterable[Published]) -> Pod:
     return Pod(
         attachment=Attachment(*row[:3]),
         phase=Phase(row[3]),
@@ -139,6 +158,7 @@ def _pod(row: tuple[Any, ...], addresses: Iterable[Address]) -> Pod:
         routes=row[14],
         subnets=_decode_subnets(row[15]),
         addresses=tuple(addresses),
+        published=tuple(published),
     )
 
 

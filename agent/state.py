@@ -35,6 +35,30 @@ class Endpoint:
     """Never masqueraded."""
     network: int = 0
     """0: the flat network of all pods; others are reached from their own only."""
+    serves: bool = False
+    """It has host ports."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """A port at an address of the node's, or at 0.0.0.0 or ::, any of that family. `protocol` is the IP header's."""
+
+    address: Address
+    port: int
+    protocol: int
+
+    def __str__(self) -> str:
+        name = {6: "tcp", 17: "udp"}.get(self.protocol, self.protocol)
+        address = f"[{self.address}]" if self.address.version == 6 else self.address
+        return f"{address}:{self.port}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class PodPort:
+    """Where a host port leads."""
+
+    address: Address
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +151,7 @@ class State:
     prefixes: dict[Network, Lanes] = field(default_factory=dict)
     node_addresses: dict[Address, int] = field(default_factory=dict)
     """A set, in effect: the values are 1."""
+    host_ports: dict[HostPort, PodPort] = field(default_factory=dict)
     hooks: dict[Hook, Attached] = field(default_factory=dict)
     uplinks: dict[int, Sources] = field(default_factory=dict)
     """By interface index."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
@@ -19,6 +20,7 @@ from cni.versions import UNNAMED
 
 _MASQUERADE_BACKENDS = ("", "iptables", "nftables")
 _LAST_VLAN = 4094
+_PROTOCOLS = ("tcp", "udp")
 _WITHOUT_EFFECT = {
     "bridge": "there is no bridge",
     "force_address": "there is no bridge",
@@ -29,6 +31,10 @@ _WITHOUT_EFFECT = {
     "macspoofchk": "podlane always checks",
     "enabledad": "podlane gives no address twice",
 }
+
+
+def _unsupported(key: str, value: object, reason: str) -> CniError:
+    return CniError(Code.UNSUPPORTED_FIELD, f'unsupported field "{key}": {json.dumps(value)}; {reason}')
 
 
 class GivenDns(JsonObject):
@@ -62,6 +68,25 @@ class PortMapping(JsonObject):
     container_port: int = Field(ge=1, le=65535)
     protocol: str = "tcp"
     host_ip: str = Field("", alias="hostIP")
+
+    def check(self) -> None:
+        """Refuse by name what cannot be. Raises CniError 7, and 2 for what podlane does not have."""
+        if not self.host_port:
+            raise CniError(Code.INVALID_NETWORK_CONFIG, f"Invalid host port number: {self.host_port}")
+        if self.protocol.lower() not in _PROTOCOLS:
+            reason = "its checksum covers the ports" if self.protocol.lower() == "sctp" else "no such protocol"
+            raise _unsupported("runtimeConfig.portMappings.protocol", self.protocol, f"{reason}; allowed are tcp, udp")
+        if not self.host_ip:
+            return
+        try:
+            address = ip_address(self.host_ip)
+        except ValueError as error:
+            raise CniError(Code.INVALID_NETWORK_CONFIG, "runtimeConfig.portMappings.hostIP", str(error)) from error
+        if address.is_loopback:
+            reason = "host ports are for others than the node itself"
+            raise _unsupported("runtimeConfig.portMappings.hostIP", self.host_ip, reason)
+        if address.is_multicast or address.is_link_local or (address.version == 6 and address.ipv4_mapped):
+            raise _unsupported("runtimeConfig.portMappings.hostIP", self.host_ip, "a pod cannot answer from there")
 
 
 class Bandwidth(JsonObject):
@@ -210,17 +235,16 @@ class NetConf(JsonObject):
             "vlanTrunk": self.vlan_trunk,
             "portIsolation": self.port_isolation,
             "disableContainerInterface": self.disable_container_interface,
-            "runtimeConfig.portMappings": [each.model_dump(by_alias=True) for each in runtime.port_mappings],
             "runtimeConfig.bandwidth": runtime.bandwidth.limits and runtime.bandwidth.model_dump(by_alias=True),
         }
         for key, value in refused.items():
             if value:
-                raise CniError(
-                    Code.UNSUPPORTED_FIELD, f'unsupported field "{key}": {json.dumps(value)}; podlane does not have it'
-                )
+                raise _unsupported(key, value, "podlane does not have it")
 
     def _check_values(self) -> None:
         """Refuse, in the words of plugins:bridge, what has no meaning anywhere."""
+        for mapping in self.runtime_config.port_mappings:
+            mapping.check()
         faults = {
             f"invalid VLAN ID {self.vlan} (must be between 0 and {_LAST_VLAN})": not 0 <= self.vlan <= _LAST_VLAN,
             f"unknown ipmasq backend {json.dumps(self.ip_masq_backend)}": self.ip_masq_backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +10,7 @@ from dataclasses import asdict
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Generic, TypeVar
 
-from ..state import Address, Endpoint, KernelError, Lanes, Network, Settings, Sources
+from ..state import Address, Endpoint, HostPort, KernelError, Lanes, Network, PodPort, Settings, Sources
 from .layout import Value
 from .maps import Map
 
@@ -58,14 +59,21 @@ class EndpointTable(MapTable[Address, Endpoint]):
         return to_address(raw)
 
     def _value(self, raw: Value) -> Endpoint:
-        return Endpoint(raw["ifindex"], raw["mac"].hex(":"), native=bool(raw["native"]), network=raw["network"])
+        native, serves = bool(raw["native"]), bool(raw["serves"])
+        return Endpoint(raw["ifindex"], raw["mac"].hex(":"), native=native, network=raw["network"], serves=serves)
 
     def _raw_key(self, key: Address) -> Value:
         return from_address(key)
 
     def _raw_value(self, value: Endpoint) -> Value:
         mac = bytes.fromhex(value.mac.replace(":", ""))
-        return {"ifindex": value.ifindex, "mac": mac, "native": value.native, "network": value.network}
+        return {
+            "ifindex": value.ifindex,
+            "mac": mac,
+            "native": value.native,
+            "network": value.network,
+            "serves": value.serves,
+        }
 
 
 class UplinkTable(MapTable[int, Sources]):
@@ -105,6 +113,22 @@ class AddressTable(MapTable[Address, int]):
 
     def _raw_value(self, value: int) -> Value:
         return value
+
+
+class HostPortTable(MapTable[HostPort, PodPort]):
+    """The map `host_ports`."""
+
+    def _key(self, raw: Value) -> HostPort:
+        return HostPort(to_address(raw["address"]), socket.ntohs(raw["port"]), raw["protocol"])
+
+    def _value(self, raw: Value) -> PodPort:
+        return PodPort(to_address(raw["address"]), socket.ntohs(raw["port"]))
+
+    def _raw_key(self, key: HostPort) -> Value:
+        return {"address": from_address(key.address), "port": socket.htons(key.port), "protocol": key.protocol}
+
+    def _raw_value(self, value: PodPort) -> Value:
+        return {"address": from_address(value.address), "port": socket.htons(value.port)}
 
 
 class PrefixTable(MapTable[Network, Lanes]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 from scapy.all import ICMP, IP, UDP, ICMPv6PacketTooBig, Packet
@@ -30,6 +31,7 @@ CLIENT = 5000
 HOST, OWN = 8080, 80
 """The port of the node's, and the pod's."""
 
+
 def error(family: int, about: Packet) -> Packet:
     """Return an ICMP error, "too big", about the IP packet of a frame."""
     start = ICMP(type=3, code=4, nexthopmtu=1280) if family == 4 else ICMPv6PacketTooBig(mtu=1280)
@@ -40,12 +42,12 @@ ANY = {4: "0.0.0.0", 6: "::"}  # noqa: S104
 NUMBER = {"tcp": 6, "udp": 17}
 
 
-def publish(node: Node, kind: str, family: int, *, pod: Pod = A, at: str = "", port: int = HOST, own: int = OWN) -> None:
+def publish(
+    node: Node, kind: str, family: int, *, pod: Pod = A, at: str = "", port: int = HOST, own: int = OWN
+) -> None:
     """Make a port of the node's lead to a pod's: at that address, by default at any."""
     key = {"address": word(at or ANY[family]), "port": socket.htons(port), "protocol": NUMBER[kind]}
-    node.datapath.maps["host_ports"].update(
-        key, {"address": word(address_of(pod, family)), "port": socket.htons(own)}
-    )
+    node.datapath.maps["host_ports"].update(key, {"address": word(address_of(pod, family)), "port": socket.htons(own)})
     node.alter_endpoints(pod, serves=1)
 
 
@@ -125,8 +127,7 @@ def test_between_pods(node: Node, kind: str, family: int) -> None:
     came = node.leave(from_pod(family, A, NODE[family]) / request(kind, family, CLIENT, to_port=HOST))
     assert came.outcome == "port_local"
     assert came.packet == built(
-        _handed(family, A, B, address_of(A, family), address_of(B, family))
-        / request(kind, family, CLIENT, to_port=OWN)
+        _handed(family, A, B, address_of(A, family), address_of(B, family)) / request(kind, family, CLIENT, to_port=OWN)
     )
     replied = from_pod(family, B, address_of(A, family)) / answer(kind, family, CLIENT, to_port=OWN)
     back = node.leave(replied, pod=B)
@@ -210,7 +211,7 @@ def test_fragments(node: Node) -> None:
     payload = bytes(range(200))
     whole = bytes(UDP(sport=CLIENT, dport=HOST, chksum=0) / payload)
     for number, (start, end) in enumerate([(0, 104), (104, 208)]):
-        fields = {"id": 7, "frag": start // 8, "flags": "" if number else "MF", "proto": 17}
+        fields: dict[str, Any] = {"id": 7, "frag": start // 8, "flags": "" if number else "MF", "proto": 17}
         came = node.into(arriving(4, NODE[4], **fields) / whole[start:end])
         assert came.outcome == "port_in"
         assert IP(came.packet[14:]).dst == A.ipv4

@@ -50,7 +50,7 @@ def test_order(slow: World) -> None:
         assert done == [("upsert", name) for name in NAMES] + [("delete", name) for name in reversed(NAMES)]
     assert NAMES.index("endpoints") < NAMES.index("hooks") < NAMES.index("uplinks") < NAMES.index("neighbours")
     assert NAMES.index("gateways") < NAMES.index("routes")
-    assert max(map(NAMES.index, ("settings", "prefixes", "node_addresses"))) < NAMES.index("hooks")
+    assert max(map(NAMES.index, ("settings", "prefixes", "node_addresses", "host_ports"))) < NAMES.index("hooks")
 
 
 def test_pass_touches_only_what_differs(slow: World) -> None:
@@ -62,7 +62,7 @@ def test_pass_touches_only_what_differs(slow: World) -> None:
         assert slow.journal == []
         slow.store.begin_release(pod.attachment)
         slow.sync()
-        tables = ("routes", "gateways", "neighbours", "node_addresses", "endpoints")
+        tables = ("routes", "gateways", "neighbours", "host_ports", "node_addresses", "endpoints")
         assert slow.journal == [("delete", name) for name in tables]
 
 

@@ -1,0 +1,181 @@
+"""Host ports on a real node: who reaches a pod by them, under which address it answers, and when they end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from tests.node.echo import TCP, Server, client, server, who
+from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
+from tests.node.test_masquerade import NEIGHBOUR, NODE, V4, counted, families, kinds
+
+PORT, OWN = 8080, 80
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Make a node that tests share: each leaves it as it found it."""
+    with machine(tmp_path_factory.mktemp("node"), resync_seconds=0.25) as it:
+        it.add_world()
+        it.start_agent()
+        yield it
+
+
+def mapping(protocol: str = "tcp", port: int = PORT, **more: object) -> dict[str, object]:
+    """Return a mapping as runtimes write it."""
+    return {"hostPort": port, "containerPort": OWN, "protocol": protocol, **more}
+
+
+BOTH = (mapping("tcp"), mapping("udp"))
+
+
+def ask(node: Machine, netns: Netns, *mappings: dict[str, object]) -> Outcome:
+    """ADD with these mappings."""
+    config = {"runtimeConfig": {"portMappings": list(mappings)}}
+    return node.cni("ADD", container_id=netns.name, netns=str(netns.path), config=config)
+
+
+def publish(node: Machine, *mappings: dict[str, object]) -> TestPod:
+    """Make a pod with these mappings."""
+    netns = node.add_netns("served")
+    outcome = ask(node, netns, *mappings)
+    assert outcome.exit_code == 0, f"{outcome.stdout}\n{node.log_tail()}"
+    return TestPod(netns, netns.name, outcome.json())
+
+
+@pytest.fixture
+def pod(node: Machine) -> Iterator[TestPod]:
+    """Make a pod with a host port for TCP and UDP."""
+    it = publish(node, *BOTH)
+    yield it
+    node.delete_pod(it)
+
+
+def refused(outcome: Outcome, code: int, *words: str) -> None:
+    """Check that ADD was refused with this code and words."""
+    assert outcome.exit_code == 1, outcome.stdout
+    error = outcome.json()
+    assert error["code"] == code
+    for word in words:
+        assert word in error["msg"], error
+
+
+def at(address: str, kind: socket.SocketKind, port: int = PORT) -> Server:
+    """Return the place that clients ask: nothing runs there but a host port."""
+    return Server(address, port, kind)
+
+
+@families
+@kinds
+def test_from_the_world(node: Machine, pod: TestPod, family: int, kind: socket.SocketKind) -> None:
+    """The world asks the node's port and hears from there, and the pod sees who asks."""
+    with server(pod.netns, kind, pod.addresses[family], OWN), counted(node, port_in=1, port_out=1):
+        assert who(node.world, at(NODE[family], kind))[0] == NEIGHBOUR[family]
+
+
+@families
+@kinds
+def test_from_a_pod(node: Machine, pod: TestPod, family: int, kind: socket.SocketKind) -> None:
+    """Another pod asks the node's port and hears from there; asked directly, the pod answers too."""
+    other = node.make_pod("asking")
+    with server(pod.netns, kind, pod.addresses[family], OWN) as inside, counted(node, port_local=2):
+        assert who(other.netns, at(NODE[family], kind))[0] == other.addresses[family]
+        assert who(other.netns, at(NODE[family], kind), port=5555)[0] == other.addresses[family]
+        assert who(other.netns, inside, port=5555)[0] == other.addresses[family]
+    node.delete_pod(other)
+
+
+@families
+@kinds
+def test_from_itself(node: Machine, pod: TestPod, family: int, kind: socket.SocketKind) -> None:
+    """A pod that asks its own host port is answered, and takes the node for its client."""
+    with server(pod.netns, kind, pod.addresses[family], OWN), counted(node, port_local=2):
+        assert who(pod.netns, at(NODE[family], kind))[0] == NODE[family]
+
+
+@families
+@kinds
+def test_own_flows_stay_masqueraded(node: Machine, pod: TestPod, family: int, kind: socket.SocketKind) -> None:
+    """A pod with host ports opens connections as any other: under the node's address."""
+    with server(node.world, kind, NEIGHBOUR[family], 7) as far:
+        assert who(pod.netns, far)[0] == NODE[family]
+
+
+def test_two_pods(node: Machine) -> None:
+    """Two pods have ports of their own, and the same one at two addresses of the node's: each hears what is its own."""
+    node.netns.run("ip", "address", "add", "192.0.2.11/24", "dev", "uplink")
+    wanted = {"192.0.2.10": PORT, "192.0.2.11": PORT + 1}
+    pods = [publish(node, mapping(port=port), mapping(port=1000, hostIP=ip)) for ip, port in wanted.items()]
+    for pod, (address, port) in zip(pods, wanted.items(), strict=True):
+        with server(pod.netns, TCP, pod.addresses[V4], OWN) as inside:
+            for place in (at(NODE[V4], TCP, port), at(address, TCP, 1000)):
+                node.wait_for(partial(answers, node.world, place), f"an answer from {place}")
+            assert len(inside.peers) == 2
+        node.delete_pod(pod)
+    node.netns.run("ip", "address", "delete", "192.0.2.11/24", "dev", "uplink")
+
+
+def answers(netns: Netns, place: Server) -> bool:
+    """Say whether somebody answers there."""
+    try:
+        who(netns, place)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_conflict_is_refused(node: Machine, pod: TestPod) -> None:
+    """A host port that another pod has is refused with the pod's name, also at one address, and nothing is left."""
+    before, netns = node.traces(), node.add_netns("late")
+    refused(ask(node, netns, mapping("udp")), 105, "0.0.0.0:8080/udp", pod.container_id)
+    refused(ask(node, netns, mapping("tcp", hostIP="2001:db8::10")), 105, "[2001:db8::10]:8080/tcp", pod.container_id)
+    assert node.traces() == before
+    node.delete_pod(publish(node, mapping("tcp", port=PORT + 1)))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "words"),
+    [
+        (mapping(port=50000), 7, "host port 50000 is one of those for masquerading (49152-65535)"),
+        (mapping("sctp"), 2, '"sctp"'),
+        (mapping(hostIP="127.0.0.1"), 2, '"127.0.0.1"'),
+        (mapping(hostIP="nowhere"), 7, "hostIP"),
+    ],
+)
+def test_refused_by_name(node: Machine, wanted: dict[str, object], code: int, words: str) -> None:
+    """What cannot be is refused, with the reason, and leaves nothing."""
+    before = node.traces()
+    refused(ask(node, node.add_netns("refused"), wanted), code, words)
+    assert node.traces() == before
+
+
+@families
+def test_the_agent_restarts(node: Machine, pod: TestPod, family: int) -> None:
+    """A connection by a host port goes on while the agent is dead, and after it; so does the port."""
+    with (
+        server(pod.netns, TCP, pod.addresses[family], OWN),
+        client(node.world, at(NODE[family], TCP)) as it,
+    ):
+        assert it.ask()[0] == NEIGHBOUR[family]
+        node.kill_agent()
+        assert it.ask() == it.ask()
+        assert who(node.world, at(NODE[family], TCP))[0] == NEIGHBOUR[family]
+        node.start_agent()
+        assert it.ask() == it.ask()
+        assert who(node.world, at(NODE[family], TCP))[0] == NEIGHBOUR[family]
+
+
+def test_del_ends_it(node: Machine) -> None:
+    """With the pod its host port goes: the node answers for itself, and another pod may have the port."""
+    first = publish(node, *BOTH)
+    with server(first.netns, TCP, first.addresses[V4], OWN):
+        assert answers(node.world, at(NODE[V4], TCP))
+        node.delete_pod(first)
+        assert not answers(node.world, at(NODE[V4], TCP))
+    second = publish(node, *BOTH)
+    with server(second.netns, TCP, second.addresses[V4], OWN):
+        assert answers(node.world, at(NODE[V4], TCP))
+    node.delete_pod(second)
