@@ -112,7 +112,7 @@ def test_keys_without_effect(node: Machine, netns: Netns) -> None:
         ("vlanTrunk", [{"id": 101}]),
         ("portIsolation", True),
         ("disableContainerInterface", True),
-        ("runtimeConfig", {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "tcp"}]}),
+        ("runtimeConfig", {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "sctp"}]}),
         ("runtimeConfig", {"bandwidth": {"ingressRate": 1000, "ingressBurst": 1000}}),
     ],
 )

@@ -178,13 +178,13 @@ REQUESTS = [
     ),
     Case(
         "runtimeConfig.portMappings",
-        "`runtimeConfig.portMappings`, `runtimeConfig.bandwidth`",
+        "`runtimeConfig.portMappings`",
         BRIDGE,
         calls({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}}),
     ),
     Case(
         "runtimeConfig.bandwidth",
-        "`runtimeConfig.portMappings`, `runtimeConfig.bandwidth`",
+        "`runtimeConfig.bandwidth`",
         BRIDGE,
         calls({"runtimeConfig": {"bandwidth": {"ingressRate": 1000000, "ingressBurst": 1000000}}}),
     ),

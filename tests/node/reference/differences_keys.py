@@ -198,11 +198,18 @@ _RUNTIME_DNS = Difference(
     where("ADD 1: dns", {}, {"nameservers": ["10.0.0.53"]}, "runtimeConfig.dns"),
 )
 _PORTS = Difference(
-    "`runtimeConfig.portMappings`, `runtimeConfig.bandwidth`",
-    "without effect: other plugins of the chain (portmap, bandwidth) read them",
+    "`runtimeConfig.portMappings`",
+    "without effect: portmap, if it is in the chain, reads them",
+    "host ports of podlane's own, but for the node itself: a port is one pod's (code 105); SCTP and loopback addresses "
+    "are refused (code 2), and so are the ports for masquerading (code 7)",
+    "neither iptables nor conntrack; give `portMappings` as a capability to one of the two plugins",
+)
+_BANDWIDTH = Difference(
+    "`runtimeConfig.bandwidth`",
+    "without effect: the plugin bandwidth, if it is in the chain, reads it",
     "refused by name (code 2)",
-    "not yet: podlane is to do both by itself",
-    refused("ADD 1", "runtimeConfig.portMappings", "runtimeConfig.bandwidth"),
+    "not yet: podlane is to do it by itself",
+    refused("ADD 1", "runtimeConfig.bandwidth"),
 )
 KEYS_DIFFER = (
     _LINK,
@@ -226,4 +233,5 @@ KEYS_DIFFER = (
     _ARGS,
     _RUNTIME_DNS,
     _PORTS,
+    _BANDWIDTH,
 )
