@@ -90,6 +90,9 @@ static bool call_locally(struct __sk_buff *skb, const struct packet *packet, con
 
     if (!found)
         return false;
+    struct endpoint *server = endpoints.lookup(&found->address);
+    if (!server || server->network != packet->network)
+        return false;
     if (same_address(&found->address, &packet->source))
         meant->source = packet->destination;
     meant->destination = found->address;

@@ -223,9 +223,44 @@ def test_fragments(node: Node) -> None:
         assert IP(left.packet[14:]).src == NODE[4]
 
 
+def test_fragments_between_pods(node: Node) -> None:
+    """All fragments of a datagram by a host port reach the pod, and those of its answer come from the node's port."""
+    publish(node, "udp", 4, pod=B)
+    there = bytes(UDP(sport=CLIENT, dport=HOST, chksum=0) / bytes(200))
+    back = bytes(UDP(sport=OWN, dport=CLIENT, chksum=0) / bytes(200))
+    for sender, target, source, destination, whole in (
+        (A, NODE[4], A.ipv4, B.ipv4, there),
+        (B, A.ipv4, NODE[4], A.ipv4, back),
+    ):
+        for start, end in ((0, 104), (104, 208)):
+            fields: dict[str, Any] = {"id": 7, "frag": start // 8, "flags": "" if start else "MF", "proto": 17}
+            ran = node.leave(from_pod(4, sender, target, **fields) / whole[start:end], pod=sender)
+            assert ran.outcome == "port_local"
+            assert (IP(ran.packet[14:]).src, IP(ran.packet[14:]).dst) == (source, destination)
+
+
+@BY_FAMILY
+def test_other_networks(node: Node, family: int) -> None:
+    """A pod of a network of its own does not reach others by a host port either: it is the stack's."""
+    publish(node, "udp", family, pod=B)
+    node.alter_endpoints(A, network=1)
+    called = from_pod(family, A, NODE[family]) / request("udp", family, CLIENT, to_port=HOST)
+    assert node.leave(called).outcome == "punt_host"
+
+
+@WITH_SOCKETS
+def test_unmasqueraded_pods_answer_too(node: Node, kind: str, family: int) -> None:
+    """A pod that is never masqueraded answers from the host port by which it was called."""
+    publish(node, kind, family)
+    node.alter_endpoints(A, native=1)
+    node.into(call(kind, family))
+    replied = node.out(leaving(family, address_of(A, family)) / answer(kind, family, CLIENT, to_port=OWN))
+    assert replied.outcome == "port_out"
+
+
 @WITH_SOCKETS
 def test_a_spent_ttl_is_the_stacks(node: Node, kind: str, family: int) -> None:
-    """What must not go on is left to the stack, addressed to the pod, and its error comes from the node's port."""
+    """What must not go on is left to the stack, addressed to the pod: so its error, too, finds the way back."""
     publish(node, kind, family)
     came = node.into(arriving(family, NODE[family], ttl=1) / request(kind, family, CLIENT, to_port=HOST))
     assert (came.outcome, came.verdict) == ("port_in", PASS)
