@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.bench import world
-from tests.bench.places import Pair, Podlane, Reference, Runtime, direct, joined, sink
+from tests.bench.places import Pair, Podlane, Reference, Runtime, direct, host_local, joined, sink
 from tests.node.machine import Netns, run
 
 SENDER = Path(__file__).with_name("sender.c")
@@ -40,6 +40,7 @@ def main() -> None:
             "podlane": Podlane(places / "auto", stack),
             "podlane (tcx)": Podlane(places / "tcx", stack, hooks="tcx"),
             "podlane (clsact)": Podlane(places / "clsact", stack, hooks="clsact"),
+            "with host-local": Podlane(places / "host-local", stack, ipam=host_local(87)),
         }
         peers: dict[str, Runtime] = {
             "bridge": Reference(places / "bridge", stack, "bridge", 88, bridge="br0", isGateway=True, ipMasq=True),
@@ -79,48 +80,43 @@ def _cost(pair: Pair, family: int, sender: Path, stack: ExitStack) -> Measure:
 
 
 def _calls(runtimes: Mapping[str, Runtime], rounds: int) -> None:
-    adds: dict[str, Measure] = {}
-    deletes: dict[str, Measure] = {}
-    for name, runtime in runtimes.items():
-        adds[name], deletes[name] = _call_measures(runtime)
-    results = _interleaved({f"{name}|ADD": each for name, each in adds.items()}, rounds, paired=deletes)
-    for command in ("ADD", "DEL"):
-        rows = {name: results[f"{name}|{command}"] for name in runtimes}
-        _table(f"CNI {command}, whole process", "ms", rows, "bridge")
+    results: dict[str, dict[str, list[float]]] = {}
+    names = list(runtimes)
+    for _ in range(rounds):
+        random.shuffle(names)
+        for name in names:
+            for command, milliseconds in _life(runtimes[name]).items():
+                results.setdefault(command, {}).setdefault(name, []).append(milliseconds)
+    for command, rows in results.items():
+        _table(f"CNI {command}, whole process", "ms", {name: rows[name] for name in runtimes}, "bridge")
 
 
-def _call_measures(runtime: Runtime) -> tuple[Measure, Measure]:
-    current: list[Netns] = []
-
-    def add() -> float:
-        current.append(Netns("bench"))
-        start = time.perf_counter()
-        runtime.add(current[0])
-        return (time.perf_counter() - start) * 1e3
-
-    def delete() -> float:
-        netns = current.pop()
-        start = time.perf_counter()
-        runtime.delete(netns)
-        elapsed = (time.perf_counter() - start) * 1e3
+def _life(runtime: Runtime) -> dict[str, float]:
+    """Return how many milliseconds each call took in the life of a pod."""
+    netns = Netns("bench")
+    try:
+        return {
+            "ADD": _milliseconds(lambda: runtime.add(netns)),
+            "CHECK": _milliseconds(lambda: runtime.check(netns)),
+            "DEL": _milliseconds(lambda: runtime.delete(netns)),
+        }
+    finally:
         netns.delete()
-        return elapsed
-
-    return add, delete
 
 
-def _interleaved(
-    measures: Mapping[str, Measure], rounds: int, paired: Mapping[str, Measure] | None = None
-) -> dict[str, list[float]]:
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _interleaved(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
     results: dict[str, list[float]] = {}
     names = list(measures)
     for _ in range(rounds):
         random.shuffle(names)
         for name in names:
             results.setdefault(name, []).append(measures[name]())
-            if paired is not None:
-                base = name.partition("|")[0]
-                results.setdefault(f"{base}|DEL", []).append(paired[base]())
     return results
 
 

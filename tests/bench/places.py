@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tests.node.machine import LAUNCHER, Machine, Netns, add_uplink, run
 
@@ -34,32 +34,45 @@ class Runtime(Protocol):
     def add(self, netns: Netns) -> list[str]:
         """Wire the pod."""
 
+    def check(self, netns: Netns) -> None:
+        """CHECK the pod that was wired last."""
+
     def delete(self, netns: Netns) -> None:
         """Unwire the pod."""
 
 
 class Podlane:
-    """podlane, with hooks attached as told."""
+    """podlane, with hooks attached as told, and with its own addresses or those of an IPAM plugin."""
 
-    def __init__(self, directory: Path, stack: ExitStack, **config: object) -> None:
+    def __init__(
+        self, directory: Path, stack: ExitStack, ipam: Mapping[str, object] | None = None, **config: object
+    ) -> None:
         directory.mkdir()
+        self._config: dict[str, Any] = {"cniVersion": "1.0.0", "name": "podlane", "type": "podlane"}
+        if ipam:
+            self._config |= {"ipMasq": True, "ipam": {**ipam, "dataDir": str(directory)}}
         self._machine = Machine(directory, stack, **config)
         self.world = self._machine.add_uplink()
         self._machine.start_agent()
 
     def add(self, netns: Netns) -> list[str]:
         """Wire the pod."""
-        return _addresses(self._call("ADD", netns))
+        self._result = _result(self._call("ADD", netns))
+        return _addresses(self._result)
+
+    def check(self, netns: Netns) -> None:
+        """CHECK the pod that was wired last."""
+        _succeeded(self._call("CHECK", netns, prevResult=self._result))
 
     def delete(self, netns: Netns) -> None:
         """Unwire the pod."""
         self._call("DEL", netns)
 
-    def _call(self, command: str, netns: Netns) -> subprocess.CompletedProcess[str]:
+    def _call(self, command: str, netns: Netns, **more: object) -> subprocess.CompletedProcess[str]:
         directory = self._machine.directory
         environment = {"PODLANE_SOCKET": str(directory / "cni.sock"), "PODLANE_SPOOL": str(directory / "spool")}
-        config = {"cniVersion": "1.0.0", "name": "podlane", "type": "podlane"}
-        return _call(self._machine.netns, LAUNCHER, command, netns, json.dumps(config), environment)
+        config = json.dumps({**self._config, **more})
+        return _call(self._machine.netns, LAUNCHER, command, netns, config, environment)
 
 
 class Reference:
@@ -72,26 +85,33 @@ class Reference:
         self.world = add_uplink(self._node, stack)
         self._node.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
         self._plugin = REFERENCE_PLUGINS / plugin
-        ranges = [[{"subnet": f"10.{octet}.0.0/16"}], [{"subnet": f"fd00:{octet}::/64"}]]
-        ipam = {
-            "type": "host-local",
-            "dataDir": str(directory),
-            "ranges": ranges,
-            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
-        }
-        config = {"cniVersion": "1.0.0", "name": plugin, "type": plugin, "ipam": ipam, **more}
-        self._config = json.dumps(config)
+        ipam = {**host_local(octet), "dataDir": str(directory)}
+        self._config = {"cniVersion": "1.0.0", "name": plugin, "type": plugin, "ipam": ipam, **more}
 
     def add(self, netns: Netns) -> list[str]:
         """Wire the pod."""
-        return _addresses(self._call("ADD", netns))
+        self._result = _result(self._call("ADD", netns))
+        return _addresses(self._result)
+
+    def check(self, netns: Netns) -> None:
+        """CHECK the pod that was wired last."""
+        _succeeded(self._call("CHECK", netns, prevResult=self._result))
 
     def delete(self, netns: Netns) -> None:
         """Unwire the pod."""
         self._call("DEL", netns)
 
-    def _call(self, command: str, netns: Netns) -> subprocess.CompletedProcess[str]:
-        return _call(self._node, self._plugin, command, netns, self._config, {})
+    def _call(self, command: str, netns: Netns, **more: object) -> subprocess.CompletedProcess[str]:
+        return _call(self._node, self._plugin, command, netns, json.dumps({**self._config, **more}), {})
+
+
+def host_local(octet: int) -> dict[str, object]:
+    """Return host-local's configuration for both families."""
+    return {
+        "type": "host-local",
+        "ranges": [[{"subnet": f"10.{octet}.0.0/16"}], [{"subnet": f"fd00:{octet}::/64"}]],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+    }
 
 
 def _call(
@@ -114,10 +134,19 @@ def _call(
     )
 
 
-def _addresses(done: subprocess.CompletedProcess[str]) -> list[str]:
+def _succeeded(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode != 0:
-        raise RuntimeError(f"ADD failed: {done.stdout}{done.stderr}")
-    return [each["address"].partition("/")[0] for each in json.loads(done.stdout)["ips"]]
+        raise RuntimeError(f"the call failed: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(_succeeded(done))
+    return result
+
+
+def _addresses(result: Mapping[str, Any]) -> list[str]:
+    return [each["address"].partition("/")[0] for each in result["ips"]]
 
 
 def joined(runtime: Runtime, stack: ExitStack) -> Pair:

@@ -13,7 +13,11 @@ from tests.node.machine import Machine, Netns, machine
 from tests.node.verbs import VERSIONS, add, assert_refused, delete, traces
 
 DEFAULT_4, DEFAULT_6 = {"dst": "0.0.0.0/0", "gw": "169.254.1.1"}, {"dst": "::/0", "gw": "fe80::1"}
-SECOND = {"name": "second", "ipam": {"type": "podlane", "subnet": "10.77.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]}}
+SECOND = {
+    "name": "second",
+    "ipMasq": True,
+    "ipam": {"type": "podlane", "subnet": "10.77.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]},
+}
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_failed_add_is_undone(it: Container, delegate: Delegate, version: str) -
 def test_default_route_twice(it: Container, version: str) -> None:
     """B50: isDefaultGateway beside IPAM's own default route without a gateway is one default route."""
     ipam = {"type": "podlane", "subnet": "10.66.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]}
-    it.add(cniVersion=version, isDefaultGateway=True, ipam=ipam)
+    it.add(cniVersion=version, isDefaultGateway=True, ipMasq=True, ipam=ipam)
     assert len(it.netns.run("ip", "route", "show", "default").stdout.splitlines()) == 1
     assert it.pings("192.0.2.1")
 

@@ -141,7 +141,8 @@ def test_mutated_requests(world: World) -> None:
     assert settled.keys() <= {Phase.ACTIVE, Phase.RELEASING}, settled
     assert len(world.kernel.devices) == settled[Phase.ACTIVE]
     world.delete_all()
-    assert (world.store.pods(), world.kernel.devices, open_descriptors()) == ([], set(), before)
+    assert (world.store.pods(), world.kernel.devices) == ([], set())
+    assert open_descriptors() <= before  # fewer, if another test's were closed only now
     assert resident() - warm < GROWTH
     assert_worth(world.answers)
 
