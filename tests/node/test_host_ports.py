@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
+import threading
 from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
-from tests.node.echo import TCP, Server, client, server, who
+from tests.node.echo import TCP, Server, bound, client, server, who
 from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
 from tests.node.test_masquerade import NEIGHBOUR, NODE, V4, counted, families, kinds
 
@@ -179,3 +181,27 @@ def test_del_ends_it(node: Machine) -> None:
     with server(second.netns, TCP, second.addresses[V4], OWN):
         assert answers(node.world, at(NODE[V4], TCP))
     node.delete_pod(second)
+
+
+@families
+@pytest.mark.parametrize("asker", ["world", "pod", "itself"])
+def test_bulk(node: Machine, pod: TestPod, family: int, asker: str) -> None:
+    """Megabytes arrive as they were sent, in both directions, whoever asks: in large (GSO) packets, too."""
+    other = node.make_pod("asking")
+    place = {"world": node.world, "pod": other.netns, "itself": pod.netns}[asker]
+    here = "0.0.0.0" if family == V4 else "::"  # noqa: S104
+    data = hashlib.shake_128(asker.encode()).digest(20 << 20)
+    with bound(pod.netns, TCP, pod.addresses[family], OWN) as listener, bound(place, TCP, here) as ours:
+        listener.listen()
+        ours.connect((NODE[family], PORT))
+        theirs, _ = listener.accept()
+        with theirs:
+            for sender, receiver in ((ours, theirs), (theirs, ours)):
+                thread = threading.Thread(target=sender.sendall, args=(data,))
+                thread.start()
+                received = bytearray()
+                while len(received) < len(data):
+                    received += receiver.recv(1 << 20)
+                thread.join()
+                assert received == data
+    node.delete_pod(other)
