@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agent.netlink.inspect import End, PodView, read_end, read_pod
+from agent.pods import NO_LIMITS
 from agent.store import Phase, Pod
 from agent.wiring import GATEWAYS, HOST_MAC, netns_id
 from cni.call import Attachment
 from cni.errors import CniError, Code
+from cni.netconf import Bandwidth
 from cni.result import Interface, Ip, Result, Route
 
 
@@ -26,18 +28,24 @@ class Found:
     host: End | None
 
 
-def check(attachment: Attachment, pod: Pod | None, prev: Result, netns: int) -> None:
+def check(attachment: Attachment, pod: Pod | None, prev: Result, netns: int, limits: Bandwidth = NO_LIMITS) -> None:
     """Compare the attachment, in the network namespace of an open file, with its record and with prevResult.
 
-    `pod` is what the store knows of it, None if nothing. The datapath itself (programs, map entries) is the loop's to
-    check: `Loop.check`, for an attachment that is active. Raises CniError 103 that names all that differs, or
-    KernelError.
+    `pod` is what the store knows of it, None if nothing; `limits` are those that the call names, if any. The datapath
+    itself (programs, map entries) is the loop's to check: `Loop.check`, for an attachment that is active. Raises
+    CniError 103 that names all that differs, or KernelError.
     """
     if pod is None:
         raise CniError(Code.NOT_AS_ADDED, "no addresses are reserved for this interface", str(attachment))
-    if wrong := list(differences(pod, prev, look(pod, netns))):
+    if wrong := [*differences(pod, prev, look(pod, netns)), *_limits(pod, limits)]:
         message = f"{attachment.ifname} is not as ADD left it: {'; '.join(wrong)}"
         raise CniError(Code.NOT_AS_ADDED, message, str(attachment))
+
+
+def _limits(pod: Pod, asked: Bandwidth) -> Iterator[str]:
+    if asked.limits and asked != pod.limits:
+        given, had = (each.model_dump_json(by_alias=True) for each in (asked, pod.limits))
+        yield f"the limits are {had}, not {given}"
 
 
 def has_new_mac(pod: Pod, netns: int) -> bool:

@@ -11,23 +11,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
-from agent import masquerade, netlink, supply
+from agent import kernel, masquerade, netlink, supply
 from agent.collector import Collector
 from agent.config import Config, Paths
-from agent.datapath import cache, entries, loader, tables
+from agent.datapath import cache, loader, tables
 from agent.datapath.source import CompileError
 from agent.gc import SelfGc
-from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
-from agent.loop import Loop, Tables
+from agent.loop import Loop
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
+from agent.pods import shaper_of
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
 from agent.spool import Spool
-from agent.state import KernelError, OtherProtocols
+from agent.state import KernelError
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
 from agent.wiring import Wiring
@@ -151,10 +150,10 @@ def _make_loop(
     surroundings: Surroundings,
     metrics: Metrics,
 ) -> Loop:
-    hooks = _hooks(config, datapath)
+    hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
     return Loop(
         store=store,
-        tables=_tables(datapath, hooks),
+        tables=kernel.open_tables(datapath, hooks),
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,
@@ -173,25 +172,6 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
         return loader.load(
             program, config.paths.bpffs, {"endpoints": config.max_pods * _ENDPOINTS_PER_POD + 1, **sizes}
         )
-
-
-def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
-    maps, constants = datapath.maps, datapath.constants
-    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
-    other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
-    return Tables(
-        endpoints=entries.EndpointTable(maps["endpoints"]),
-        settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
-        prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
-        node_addresses=entries.AddressTable(maps["node_addresses"]),
-        host_ports=entries.HostPortTable(maps["host_ports"]),
-        hooks=hooks,
-        uplinks=entries.UplinkTable(maps["uplinks"]),
-        neighbours=netlink.NeighbourTable(),
-        gateways=netlink.GatewayTable(),
-        routes=netlink.RouteTable(),
-        subnets=netlink.SubnetTable(),
-    )
 
 
 def _reserve_ports(config: Config) -> None:
@@ -217,25 +197,15 @@ def _collect_flows(
     cleanup.callback(collector.stop)
 
 
-def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
-    """Return the way to attach programs. See `agent.hooks` for why new ones begin as filters."""
-    has_tcx = tables.tcx_supported() if config.hooks == "auto" else config.hooks == "tcx"
-    log.info("attaching by hooks=%s", "tcx" if has_tcx else "clsact")
-    tcx = tables.TcxHooks(datapath, config.paths.bpffs)
-    clsact = netlink.ClsactHooks(datapath.programs, datapath.program_ids)
-    if not has_tcx:
-        return StagedHooks(first=clsact, final=clsact, other=tcx)
-    first = tcx if config.hooks == "tcx" else clsact
-    return StagedHooks(first=first, final=tcx, other=clsact, patient=("from_uplink", "to_uplink"))
-
-
 def _delete_strays(store: Store, metrics: Metrics) -> None:
-    """Delete host ends that no row names, as when the store was lost: their addresses will be given again.
+    """Delete host ends and shapers that no row names, as when the store was lost: their addresses will be given again.
 
     Before the loop's first pass, which takes the programs from what it does not know: a pod without them could pass for
     any other. A crash leaves none, for rows come before devices, but that of the self-test.
     """
-    strays = sorted(netlink.devices().keys() - {pod.device for pod in store.pods()})
+    known = store.pods()
+    strays = sorted(netlink.devices().keys() - {pod.device for pod in known})
+    strays += sorted(netlink.shapers().keys() - {shaper_of(pod.device) for pod in known if pod.limits.egress_rate})
     for device in strays:
         log.warning("deleting the device of a pod that the IPAM store does not know device=%s", device)
         netlink.delete_device(device)

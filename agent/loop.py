@@ -18,6 +18,7 @@ from typing import Any, Literal
 from agent.diff import diff
 from agent.failures import Failures
 from agent.plan import Inside, Outside, plan, routed_subnets
+from agent.pods import shaper_of
 from agent.state import (
     Address,
     Attached,
@@ -31,6 +32,7 @@ from agent.state import (
     Neighbour,
     Network,
     PodPort,
+    Queue,
     Settings,
     Sources,
     State,
@@ -49,10 +51,12 @@ _QUIET = 1.0  # seconds without a request, after which there is time for what ca
 class Tables:
     """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
 
-    Uplinks come after hooks: `from_pod` sends nothing to an uplink before `to_uplink` runs there, nor after it stops.
-    Gateways come before the routes that name them as a source.
+    Queues come before the endpoints that send through them. Uplinks come after hooks: `from_pod` sends nothing to an
+    uplink before `to_uplink` runs there, nor after it stops. Gateways come before the routes that name them as a
+    source.
     """
 
+    queues: Table[int, Queue]
     endpoints: Table[Address, Endpoint]
     settings: Table[int, Settings]
     prefixes: Table[Network, Lanes]
@@ -167,6 +171,8 @@ class Loop:
         desired = plan([pod], self._devices.indexes([pod]), inside=self._inside)
         if not desired.hooks:
             raise KernelError(f"device {pod.device} is missing")
+        if pod.limits.egress_rate and not any(each.shaper for each in desired.endpoints.values()):
+            raise KernelError(f"device {shaper_of(pod.device)} is missing: what the pod sends is not limited")
         for name in _NAMES:
             lacking = diff(getattr(desired, name), getattr(known, name)).upsert
             for key in lacking:

@@ -42,6 +42,7 @@ _REPAIR_KINDS = (
     "neighbours",
     "node_addresses",
     "prefixes",
+    "queues",
     "routes",
     "settings",
     "subnets",

@@ -97,6 +97,7 @@ class Node:
                 sticky=source.sticky,
                 pod_name=_pod_name(call),
                 masquerade=call.config.masquerade,
+                limits=call.config.runtime_config.bandwidth,
                 origin=_origin(request),
                 published=published,
             )
@@ -191,7 +192,7 @@ class Node:
             is_active = pod is not None and pod.phase is Phase.ACTIVE
             if pod is not None and is_active and check.has_new_mac(pod, netns):
                 self._loop.sync(_ADD_SECONDS, full=True)  # a plugin after podlane may have changed it a moment ago
-            check.check(call.attachment, pod, prev, netns)
+            check.check(call.attachment, pod, prev, netns, call.config.runtime_config.bandwidth)
             if pod is not None and is_active:
                 self._loop.sync(_ADD_SECONDS, full=True)  # what was changed since the last full pass counts too
                 self._loop.check(pod)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 
+from agent.pods import shaper_of
 from agent.state import (
     Address,
     Attached,
@@ -18,11 +19,14 @@ from agent.state import (
     Neighbour,
     Network,
     PodPort,
+    Queue,
     Settings,
     State,
     Uplink,
 )
 from agent.store import Phase, Pod, Subnet
+
+_ETHERNET_HEADER = 14  # bytes
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,11 @@ def plan(
 ) -> State:
     """Return the desired state.
 
-    `indexes` gives the interface index of each host-side device that exists; a pod whose device is missing gets
-    nothing, since packets to it could go nowhere. A pod that is being released keeps its programs, which drop whatever
-    it still sends, until its device is gone. What is of the node's own `subnets` and no pod's is unreachable: the
-    default route would send it away, and the world's routes send it back. Without `subnets` and `outside`, the state is
-    what these pods need, no more.
+    `indexes` gives the interface index of each host-side device that exists (host ends and shapers); a pod whose device
+    is missing gets nothing, since packets to it could go nowhere. A pod that is being released keeps its programs,
+    which drop whatever it still sends, until its device is gone. What is of the node's own `subnets` and no pod's is
+    unreachable: the default route would send it away, and the world's routes send it back. Without `subnets` and
+    `outside`, the state is what these pods need, no more.
     """
     inside = inside or Inside()
     desired = State(subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"))
@@ -91,7 +95,8 @@ def plan(
         desired.hooks[Hook(pod.device, "ingress")] = Attached(ifindex, "from_pod")
         desired.hooks[Hook(pod.device, "egress")] = Attached(ifindex, "to_pod")
         if pod.phase is not Phase.RELEASING:
-            _plan_addresses(desired, pod, ifindex, inside)
+            shaper = _plan_queues(desired, pod, ifindex, indexes)
+            _plan_addresses(desired, pod, ifindex, inside, shaper)
     return desired
 
 
@@ -106,11 +111,29 @@ def _plan_outside(desired: State, outside: Outside) -> None:
         desired.hooks[Hook(device, "egress")] = Attached(uplink.ifindex, "to_uplink")
 
 
-def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside) -> None:
+def _plan_queues(desired: State, pod: Pod, ifindex: int, indexes: Mapping[str, int]) -> int:
+    """Plan what the pod's limits ask for; return the index of its shaper, 0 if it has none."""
+    limits, packet = pod.limits, pod.mtu + _ETHERNET_HEADER
+    if limits.ingress_rate:
+        desired.queues[ifindex] = Queue.of(limits.ingress_rate, limits.ingress_burst, packet)
+    shaper = indexes.get(shaper_of(pod.device), 0) if limits.egress_rate else 0
+    if shaper:
+        desired.queues[shaper] = Queue.of(limits.egress_rate, limits.egress_burst, packet)
+    return shaper
+
+
+def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside, shaper: int) -> None:
     mac = inside.macs.get(ifindex, pod.mac)
     subnets = [each for each in pod.subnets if each in inside.subnets]
-    native, network, serves = pod.masquerade is False, _network_number(pod), bool(pod.published)
-    endpoint = Endpoint(ifindex, mac, native=native, network=network, serves=serves)
+    endpoint = Endpoint(
+        ifindex,
+        mac,
+        native=pod.masquerade is False,
+        network=_network_number(pod),
+        shaper=shaper,
+        queued=bool(pod.limits.ingress_rate),
+        serves=bool(pod.published),
+    )
     first = {address.version: address for address in reversed(pod.addresses)}
     for each in pod.published:
         if address := first.get(each.at.address.version):

@@ -13,13 +13,16 @@ from typing import Any
 from agent.schema import unpack
 from agent.state import Address, HostPort, Network
 from cni.call import Attachment
+from cni.netconf import Bandwidth
 
 IS = "network = ? AND container_id = ? AND ifname = ?"
 """The condition that selects an attachment, for the values of `key`."""
 
+NO_LIMITS = Bandwidth()
+
 _COLUMNS = (
     "network, container_id, ifname, phase, device, mac, mtu, netns_path, netns_id, boot_id,"
-    " pod_name, masquerade, environment, stdin, routes, subnets"
+    " pod_name, masquerade, environment, stdin, routes, subnets, limits"
 )
 _HOST_PORT = "address, port, protocol, pod_port"
 
@@ -71,7 +74,8 @@ class Pod:
 
     `addresses` are in the order of the result. `pod_name` is "namespace/name", or empty; `masquerade` is None where the
     agent's own setting applies. `routes` are those inside the pod, as text that only their writer reads; empty means a
-    default route of each family. `subnets` are those of its addresses; the agent's own ranges have none.
+    default route of each family. `subnets` are those of its addresses; the agent's own ranges have none. `limits` are
+    the runtime's.
     """
 
     attachment: Attachment
@@ -87,7 +91,13 @@ class Pod:
     origin: Origin = Origin()
     routes: str = ""
     subnets: tuple[Subnet, ...] = ()
+    limits: Bandwidth = NO_LIMITS
     published: tuple[Published, ...] = ()
+
+
+def shaper_of(device: str) -> str:
+    """Return the name of the device through which the pod behind a host end sends, if that is limited."""
+    return device + "o"  # "out"; the host end's name leaves one character of IFNAMSIZ
 
 
 def key(attachment: Attachment) -> tuple[str, str, str]:
@@ -112,6 +122,7 @@ def insert(db: sqlite3.Connection, pod: Pod) -> None:
         pod.origin.stdin,
         pod.routes,
         encode_subnets(pod.subnets),
+        pod.limits.model_dump_json(by_alias=True) if pod.limits.limits else "",
     )
     db.execute(f"INSERT INTO attachment ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608
 
@@ -157,6 +168,7 @@ def _pod(row: tuple[Any, ...], addresses: Iterable[Address], published: Iterable
         origin=Origin(json.loads(row[12]), row[13]),
         routes=row[14],
         subnets=_decode_subnets(row[15]),
+        limits=Bandwidth.model_validate_json(row[16]) if row[16] else NO_LIMITS,
         addresses=tuple(addresses),
         published=tuple(published),
     )

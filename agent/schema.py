@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from agent.state import Address
 
-VERSION = 3
+VERSION = 4
 
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
@@ -43,6 +43,7 @@ CREATE TABLE attachment (
     stdin BLOB NOT NULL,
     routes TEXT NOT NULL,
     subnets TEXT NOT NULL,
+    limits TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (network, container_id, ifname)
 ) STRICT;
 CREATE TABLE address (
@@ -63,7 +64,6 @@ CREATE TABLE former (
 CREATE INDEX former_pod ON former (pod_name, network, ifname);
 {_HOST_PORT}"""
 
-# Schema 2 had no host ports.
 # Schema 1 had one ring per family, and neither names, origins nor former addresses. IPv4 came first in a pod's result:
 # a v4-mapped address (pack) begins with twelve bytes that no IPv6 address of a pod has.
 _FROM_1 = f"""
@@ -72,7 +72,7 @@ ALTER TABLE address RENAME TO address_1;
 ALTER TABLE last_given RENAME TO last_given_1;
 DROP INDEX address_device;
 {_SCHEMA}
-INSERT INTO attachment SELECT *, '', NULL, '{{}}', x'', '', '[]' FROM attachment_1;
+INSERT INTO attachment SELECT *, '', NULL, '{{}}', x'', '', '[]', '' FROM attachment_1;
 INSERT INTO address
     SELECT address, device, substr(address, 1, 12) <> x'00000000000000000000ffff' FROM address_1;
 INSERT INTO last_given SELECT 'ranges/ipv' || family, address FROM last_given_1;
@@ -80,7 +80,11 @@ DROP TABLE address_1;
 DROP TABLE attachment_1;
 DROP TABLE last_given_1;
 """  # noqa: S608
-_MIGRATIONS = {0: _SCHEMA, 1: _FROM_1, 2: _HOST_PORT}
+# Schema 2 had no limits, schema 3 no host ports.
+_FROM_2 = f"""
+ALTER TABLE attachment ADD COLUMN limits TEXT NOT NULL DEFAULT '';
+{_HOST_PORT}"""
+_MIGRATIONS = {0: _SCHEMA, 1: _FROM_1, 2: _FROM_2, 3: _HOST_PORT}
 
 
 class UnknownSchema(Exception):

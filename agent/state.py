@@ -17,6 +17,8 @@ Direction = Literal["ingress", "egress"]
 Program = Literal["from_pod", "to_pod", "from_uplink", "to_uplink"]
 OtherProtocols = Literal["masquerade", "stack", "drop"]
 
+_U32_MAX = 0xFFFFFFFF
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -35,6 +37,10 @@ class Endpoint:
     """Never masqueraded."""
     network: int = 0
     """0: the flat network of all pods; others are reached from their own only."""
+    shaper: int = 0
+    """The index of the device through whose queue it sends, if that is limited."""
+    queued: bool = False
+    """What it receives is limited, by the queue of the host end."""
     serves: bool = False
     """It has host ports."""
 
@@ -59,6 +65,33 @@ class PodPort:
 
     address: Address
     port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A device's token bucket: bytes per second, and the bytes that may go at once."""
+
+    rate: int
+    burst: int
+
+    @property
+    def limit(self) -> int:
+        """The bytes that may wait: the burst, and what goes within 25 ms (plugins:bandwidth, latencyInMillis)."""
+        return self.burst + _latency(self.rate)
+
+    @classmethod
+    def of(cls, rate: int, burst: int, packet: int) -> Queue:
+        """Return the queue of a limit in bits per second and bits (plugins:bandwidth, CreateIngressQdisc).
+
+        At least one `packet`, in bytes, goes at once, since less would let none pass; and a queue's bytes are 32 bits.
+        """
+        rate //= 8
+        return cls(rate, min(max(burst // 8, packet), _U32_MAX - _latency(rate)))
+
+    @classmethod
+    def of_limit(cls, rate: int, limit: int) -> Queue:
+        """Return the queue with that limit."""
+        return cls(rate, limit - _latency(rate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +178,8 @@ class Settings:
 class State:
     """Everything podlane holds in the kernel beside the veth pairs, one mapping per table."""
 
+    queues: dict[int, Queue] = field(default_factory=dict)
+    """By interface index."""
     endpoints: dict[Address, Endpoint] = field(default_factory=dict)
     settings: dict[int, Settings] = field(default_factory=dict)
     """One entry, 0."""
@@ -173,3 +208,7 @@ class Table(Protocol[K, V]):
 
     def delete(self, keys: Iterable[K]) -> dict[K, KernelError]:
         """Delete the given objects; one that is already gone counts as deleted. Return the failures by key."""
+
+
+def _latency(rate: int) -> int:
+    return min(rate // 40, _U32_MAX // 2)

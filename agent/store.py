@@ -20,11 +20,12 @@ from pathlib import Path
 
 from agent import allotment, pods, schema
 from agent.allotment import AddressTaken, HostPortTaken
-from agent.pods import IS, Netns, Origin, Phase, Pod, Published, Subnet, encode_subnets, key
+from agent.pods import IS, NO_LIMITS, Netns, Origin, Phase, Pod, Published, Subnet, encode_subnets, key
 from agent.ranges import AddressNotInRange, Pool, Range, RangeExhausted, exhaustion, match_requests, next_free
 from agent.schema import pack, unpack
 from agent.state import Address, Network
 from cni.call import Attachment
+from cni.netconf import Bandwidth
 
 __all__ = [
     "AddressNotInRange",
@@ -119,6 +120,7 @@ class Store:
         masquerade: bool | None = None,
         origin: Origin | None = None,
         sticky: bool = False,
+        limits: Bandwidth | None = None,
         published: Sequence[Published] = (),
     ) -> Pod:
         """Give the attachment one address of each pool, in phase RESERVED.
@@ -143,6 +145,7 @@ class Store:
             pod_name=pod_name,
             masquerade=masquerade,
             origin=origin or Origin(),
+            limits=limits if limits and limits.limits else NO_LIMITS,
             published=tuple(published),
         )
         with self._transaction() as db:

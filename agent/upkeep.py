@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from agent.failures import Failures
+from agent.pods import shaper_of
 from agent.state import KernelError
 from agent.store import Phase, Pod
 
@@ -17,7 +18,7 @@ class Devices(Protocol):
     """The pods' veth pairs, as far as the loop is concerned."""
 
     def indexes(self, pods: Sequence[Pod]) -> dict[str, int]:
-        """Return the interface index of every given pod's host end that exists, by name."""
+        """Return the interface index of every given pod's host end and shaper that exists, by name."""
 
     def restore(self, pod: Pod) -> None:
         """Make a missing pair again, carrying nothing yet. Raises KernelError."""
@@ -25,8 +26,11 @@ class Devices(Protocol):
     def finish_restore(self, pod: Pod) -> None:
         """Let a restored pair carry packets. Raises KernelError."""
 
+    def shape(self, pod: Pod) -> None:
+        """Make a missing shaper again. Raises KernelError."""
+
     def fallen(self) -> set[str]:
-        """Return the names of host ends that exist, but are down. Raises KernelError."""
+        """Return the names of host ends and shapers that exist, but are down. Raises KernelError."""
 
     def lift(self, pod: Pod) -> None:
         """Set a fallen host end up. Raises KernelError."""
@@ -65,8 +69,10 @@ class Upkeep:
         existing, fallen = self._devices.indexes(active), self._devices.fallen()
         missing = [pod for pod in active if pod.device not in existing]
         self._restored = self._attempt(self._devices.restore, missing)
-        lifted = self._attempt(self._devices.lift, [pod for pod in active if pod.device in fallen])
-        if mended := self._restored + lifted:
+        shaped = self._attempt(self._devices.shape, [pod for pod in active if _lacks_shaper(pod, existing)])
+        down = [pod for pod in active if pod.device in fallen or shaper_of(pod.device) in fallen]
+        lifted = self._attempt(self._devices.lift, down)
+        if mended := self._restored + shaped + lifted:
             self._repaired("devices", len(mended))
             log.warning("repaired kind=devices count=%d first=%s", len(mended), mended[0].attachment)
         return self._new_macs([pod for pod in active if pod.device in existing], existing)
@@ -96,3 +102,8 @@ class Upkeep:
             else:
                 done.append(pod)
         return done
+
+
+def _lacks_shaper(pod: Pod, existing: Collection[str]) -> bool:
+    """Say whether only the shaper is missing: with the pair it is made again as well."""
+    return bool(pod.limits.egress_rate) and pod.device in existing and shaper_of(pod.device) not in existing

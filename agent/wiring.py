@@ -11,6 +11,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from agent import netlink, podroutes
 from agent.plan import link_local
+from agent.pods import shaper_of
 from agent.state import Address, KernelError
 from agent.store import Netns, Pod
 from cni.call import Attachment
@@ -57,10 +58,17 @@ class Wiring:
             pod=pod.attachment.ifname,
             pod_mac=pod.mac,
             mtu=pod.mtu,
-            alias=f"{netlink.ALIAS_PREFIX}{pod.attachment}"[:_ALIAS_LENGTH],
+            alias=_alias(pod),
             netns=netns,
         )
+        if pod.limits.egress_rate:
+            self.shape(pod)
         self.lift(pod)
+
+    def shape(self, pod: Pod) -> None:
+        """Make the device through which a limited pod sends, if it is not there."""
+        if netlink.index(shaper_of(pod.device)) is None:
+            netlink.create_shaper(shaper_of(pod.device), pod.mtu, _alias(pod))
 
     def configure(self, pod: Pod, netns: int, routes: Sequence[Route] | None = None) -> tuple[Route, ...]:
         """Give the pod's end its addresses, neighbours and routes, and set it up; return the routes as they are.
@@ -97,18 +105,25 @@ class Wiring:
         return netlink.pod_macs()
 
     def delete(self, device: str) -> None:
-        """Remove a pair by its host end's name; one that is gone already is fine."""
+        """Remove a pair, and its shaper, by the host end's name; what is gone already is fine."""
         netlink.delete_device(device)
+        netlink.delete_device(shaper_of(device))
 
     def indexes(self, pods: Sequence[Pod]) -> dict[str, int]:
-        """Return the interface index of every given pod's host end that exists, by name."""
-        found = ((pod.device, netlink.index(pod.device)) for pod in pods)
-        return {device: index for device, index in found if index is not None}
+        """Return the interface index of every given pod's host end and shaper that exists, by name."""
+        names = [pod.device for pod in pods]
+        names += [shaper_of(pod.device) for pod in pods if pod.limits.egress_rate]
+        found = ((name, netlink.index(name)) for name in names)
+        return {name: index for name, index in found if index is not None}
 
     def restore(self, pod: Pod) -> None:
         """Make the pair of an active pod again, without its addresses: `finish_restore` gives them, and sets it up."""
         with _opened(pod.netns) as netns:
-            self.create(pod, netns)
+            try:
+                self.create(pod, netns)
+            except KernelError:
+                self.delete(pod.device)  # half of it would pass for all of it
+                raise
 
     def finish_restore(self, pod: Pod) -> None:
         """Configure a restored pair, once its programs are in force; on failure it goes, to be made again."""
@@ -120,12 +135,18 @@ class Wiring:
             raise
 
     def fallen(self) -> set[str]:
-        """Return the names of host ends that somebody has set down, among podlane's."""
+        """Return the names of host ends and shapers that somebody has set down, among podlane's."""
         return netlink.fallen_devices()
 
     def lift(self, pod: Pod) -> None:
-        """Set the host end up."""
+        """Set the host end up, and the shaper."""
         netlink.raise_host(pod.device, ipv6=_has_ipv6(pod))
+        if pod.limits.egress_rate:
+            netlink.raise_shaper(shaper_of(pod.device))
+
+
+def _alias(pod: Pod) -> str:
+    return f"{netlink.ALIAS_PREFIX}{pod.attachment}"[:_ALIAS_LENGTH]
 
 
 def _has_ipv6(pod: Pod) -> bool:

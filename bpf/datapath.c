@@ -28,6 +28,7 @@
 #include "parse.h"
 #include "ports.h"
 #include "rewrite.h"
+#include "shaping.h"
 #include "spoofing.h"
 #include "stack.h"
 #include "transport.h"
@@ -44,6 +45,14 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     if (is_spoofed_neighbour(skb, packet))
         return drop(skb, OUTCOME(drop_spoofed_neighbour));
 
+    /* Before anything is left to the stack, which has routes to all pods. Whose request it brought gets the answer. */
+    bool of_stack = packet->via_stack && is_stack_flow(skb, packet);
+    struct endpoint *endpoint = endpoints.lookup(&packet->destination);
+    if (endpoint && endpoint->network != packet->network && (!of_stack || packet->is_fragment))
+        return drop(skb, OUTCOME(drop_other_network));
+    if (packet->shaper)
+        return shape(skb, packet);
+
     if (packet->has_options)
         return punt(skb, OUTCOME(punt_options));
     if (is_multicast(packet))
@@ -53,17 +62,13 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     if (is_link_local(&packet->source) || is_link_local(&packet->destination))
         return punt(skb, OUTCOME(punt_link_local));
 
-    if (packet->via_stack && is_stack_flow(skb, packet))
+    if (of_stack)
         return punt(skb, OUTCOME(punt_reply));
-
-    struct endpoint *endpoint = endpoints.lookup(&packet->destination);
     bool by_host_port = may_be_served(packet, endpoint) && translate_locally(skb, packet, endpoint);
     if (by_host_port)
         endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
         return leave(skb, packet);
-    if (endpoint->network != packet->network)
-        return drop(skb, OUTCOME(drop_other_network));
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
     return deliver(skb, packet, endpoint, by_host_port ? OUTCOME(port_local) : OUTCOME(fwd_local));
@@ -91,12 +96,16 @@ int from_pod(struct __sk_buff *skb)
     }
 }
 
-/* What the host stack sends to a pod: egress of the host end of its veth pair. */
+/* What the host stack sends to a pod, and all that a limited pod receives: egress of the host end of its veth pair. */
 int to_pod(struct __sk_buff *skb)
 {
     struct packet packet = {};
     struct transport transport = {};
 
+    if (skb->mark == FAST_MARK) {
+        skb->mark = 0;
+        return punt(skb, OUTCOME(fwd_queued));
+    }
     if (parse(skb, &packet) != KIND_IP)
         return punt(skb, OUTCOME(fwd_from_stack));
     struct endpoint *pod = endpoints.lookup(&packet.destination);

@@ -4,6 +4,7 @@
 
 #include "counters.h"
 #include "maps.h"
+#include "mark.h"
 #include "parse.h"
 
 /*
@@ -39,5 +40,9 @@ static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint
     __builtin_memcpy(ethernet->h_source, ethernet->h_dest, ETH_ALEN);
     __builtin_memcpy(ethernet->h_dest, endpoint->mac, ETH_ALEN);
     count(skb, outcome);
+    if (endpoint->queued) {
+        skb->mark = FAST_MARK;
+        return bpf_redirect(endpoint->ifindex, 0);
+    }
     return bpf_redirect_peer(endpoint->ifindex, 0);
 }

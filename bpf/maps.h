@@ -23,8 +23,10 @@ struct endpoint {
     __u8 via_stack; /* written by the datapath: some flow of this pod's is in `stack_flows` */
     __u8 native;    /* 1: never masqueraded, as its network's configuration says */
     __u32 network;  /* 0: the flat network of all pods; else one of its own, to which no other is routed */
+    __u32 shaper;   /* the device through whose queue all goes that it sends; 0: it sends without a limit */
+    __u8 queued;    /* 1: what it receives passes the queue of its host end, which is limited */
     __u8 serves;    /* 1: it has host ports */
-    __u8 reserved[3];
+    __u8 reserved[2];
 };
 
 /* A port of the node's that leads to a pod; the address is the node's, or 0.0.0.0 or :: for any of that family. */
@@ -145,7 +147,9 @@ struct counter {
 struct outcomes {
     struct counter fwd_local;      /* from_pod: handed to another local pod, past the host stack */
     struct counter fwd_uplink;     /* from_pod: sent out by an uplink, past the host stack */
+    struct counter fwd_shaped;     /* from_pod: to the queue of a limited pod, and from there to the host stack */
     struct counter fwd_from_stack; /* to_pod: the host stack sent it to a pod */
+    struct counter fwd_queued;     /* to_pod: what another program sent to a limited pod, at its queue */
     struct counter fwd_inbound;    /* from_uplink: for a pod's own address */
     struct counter fwd_host_in;    /* from_uplink: not for a pod */
     struct counter fwd_host_out;   /* to_uplink: not from a pod */

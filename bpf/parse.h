@@ -46,9 +46,10 @@ struct packet {
     __u8 protocol;    /* of what follows the IP header, or the first extension header of IPv6 */
     __u8 is_fragment; /* any but a whole packet */
     __u8 has_options; /* IPv4 options or an IPv6 hop-by-hop header: every router must look */
-    __u8 via_stack;   /* this and the next two are of the source's endpoint; see maps.h */
+    __u8 via_stack;   /* this and the next three are of the source's endpoint; see maps.h */
     __u8 native;
     __u32 network;
+    __u32 shaper;
     __u8 serves;           /* likewise */
     __u8 is_ipv6;          /* the header's family, not the addresses' looks */
     __u8 neighbour_type;   /* the ICMPv6 type if this is neighbour discovery, else 0 */

@@ -4,13 +4,8 @@
 
 #include "identify.h"
 #include "maps.h"
+#include "mark.h"
 #include "transport.h"
-
-/*
- * Set on what from_pod sends out by an uplink, and cleared there: whatever reaches an uplink without it came through
- * the stack. Within one device's transmission nobody else reads marks.
- */
-#define FAST_MARK 0x706c0000
 
 /*
  * In skb->cb[0], for to_uplink's other copy: while the agent moves it from a filter to a link, a packet may pass both,

@@ -21,6 +21,8 @@ from cni.versions import UNNAMED
 _MASQUERADE_BACKENDS = ("", "iptables", "nftables")
 _LAST_VLAN = 4094
 _PROTOCOLS = ("tcp", "udp")
+_BITS = 8  # of a byte
+_U32_MAX, _U64_MAX = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _WITHOUT_EFFECT = {
     "bridge": "there is no bridge",
     "force_address": "there is no bridge",
@@ -92,15 +94,34 @@ class PortMapping(JsonObject):
 class Bandwidth(JsonObject):
     """`runtimeConfig.bandwidth`: rates in bits per second, bursts in bits; 0 is no limit."""
 
-    ingress_rate: int = Field(0, ge=0)
-    ingress_burst: int = Field(0, ge=0)
-    egress_rate: int = Field(0, ge=0)
-    egress_burst: int = Field(0, ge=0)
+    ingress_rate: int = Field(0, ge=0, le=_U64_MAX)
+    ingress_burst: int = Field(0, ge=0, le=_U64_MAX)
+    egress_rate: int = Field(0, ge=0, le=_U64_MAX)
+    egress_burst: int = Field(0, ge=0, le=_U64_MAX)
 
     @property
     def limits(self) -> bool:
         """Whether it limits anything."""
         return bool(self.ingress_rate or self.egress_rate)
+
+    def faults(self) -> dict[str, bool]:
+        """Say of each fault that limits may have, in words, whether these have it.
+
+        A rate without a burst and a burst of 4 GiB are what plugins:bandwidth refuses (validateRateAndBurst). A burst
+        without a rate, which it refuses as well, limits nothing: some runtimes always send one.
+        """
+        found = {}
+        for name, rate, burst in (
+            ("ingress", self.ingress_rate, self.ingress_burst),
+            ("egress", self.egress_rate, self.egress_burst),
+        ):
+            where = f"runtimeConfig.bandwidth.{name}"
+            found[f"{where}Rate: {rate} bits per second are less than a byte (8)"] = 0 < rate < _BITS
+            found[f"{where}Burst: if {name}Rate is set ({rate}), {name}Burst must also be set"] = bool(
+                rate and not burst
+            )
+            found[f"{where}Burst: {burst} bits are more than the 4 GiB that can wait"] = burst // _BITS >= _U32_MAX
+        return found
 
 
 class RuntimeConfig(JsonObject):
@@ -229,13 +250,11 @@ class NetConf(JsonObject):
         what the reference plugins refuse, too, and 2 for what podlane does not have.
         """
         self._check_values()
-        runtime = self.runtime_config
         refused = {
             "vlan": self.vlan,
             "vlanTrunk": self.vlan_trunk,
             "portIsolation": self.port_isolation,
             "disableContainerInterface": self.disable_container_interface,
-            "runtimeConfig.bandwidth": runtime.bandwidth.limits and runtime.bandwidth.model_dump(by_alias=True),
         }
         for key, value in refused.items():
             if value:
@@ -250,6 +269,7 @@ class NetConf(JsonObject):
             f"unknown ipmasq backend {json.dumps(self.ip_masq_backend)}": self.ip_masq_backend
             not in _MASQUERADE_BACKENDS,
             "cannot set hairpin mode and promiscuous mode at the same time": self.hairpin_mode and self.promisc_mode,
+            **self.runtime_config.bandwidth.faults(),
         }
         for message, wrong in faults.items():
             if wrong:

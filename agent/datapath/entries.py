@@ -59,21 +59,21 @@ class EndpointTable(MapTable[Address, Endpoint]):
         return to_address(raw)
 
     def _value(self, raw: Value) -> Endpoint:
-        native, serves = bool(raw["native"]), bool(raw["serves"])
-        return Endpoint(raw["ifindex"], raw["mac"].hex(":"), native=native, network=raw["network"], serves=serves)
+        return Endpoint(
+            raw["ifindex"],
+            raw["mac"].hex(":"),
+            native=bool(raw["native"]),
+            network=raw["network"],
+            shaper=raw["shaper"],
+            queued=bool(raw["queued"]),
+            serves=bool(raw["serves"]),
+        )
 
     def _raw_key(self, key: Address) -> Value:
         return from_address(key)
 
     def _raw_value(self, value: Endpoint) -> Value:
-        mac = bytes.fromhex(value.mac.replace(":", ""))
-        return {
-            "ifindex": value.ifindex,
-            "mac": mac,
-            "native": value.native,
-            "network": value.network,
-            "serves": value.serves,
-        }
+        return {**asdict(value), "mac": bytes.fromhex(value.mac.replace(":", ""))}
 
 
 class UplinkTable(MapTable[int, Sources]):

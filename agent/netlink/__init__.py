@@ -28,6 +28,7 @@ from agent.netlink.pods import (
     introduce_node,
     raise_host,
 )
+from agent.netlink.shaping import QueueTable, create_shaper, raise_shaper, shapers
 from agent.netlink.sysctl import reserve_ports
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
 from agent.netlink.uplinks import node_addresses, uplinks
@@ -40,10 +41,12 @@ __all__ = [
     "InterfaceExists",
     "Monitor",
     "NeighbourTable",
+    "QueueTable",
     "RouteTable",
     "SubnetTable",
     "configure_pod",
     "create_pair",
+    "create_shaper",
     "delete_device",
     "devices",
     "enable_forwarding",
@@ -56,8 +59,10 @@ __all__ = [
     "node_addresses",
     "pod_macs",
     "raise_host",
+    "raise_shaper",
     "reserve_ports",
     "same_netns",
+    "shapers",
     "uplink_mtu",
     "uplinks",
 ]

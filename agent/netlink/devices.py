@@ -71,8 +71,8 @@ def devices() -> dict[str, int]:
 
 
 def fallen_devices() -> set[str]:
-    """Return the names of those host ends that are administratively down. Raises KernelError."""
-    return {link.name for link in host_ends() if not link.flags & IFF_UP}
+    """Return the names of those host ends, and of shapers, that are administratively down. Raises KernelError."""
+    return {link.name for kind in ("veth", "ifb") for link in own_links(kind) if not link.flags & IFF_UP}
 
 
 def index(name: str) -> int | None:
@@ -105,7 +105,7 @@ def uplink_mtu() -> int:
     The smallest among the devices of the default routes; without one, among the devices with a global
     address; else that of Ethernet.
     """
-    outward = (link for link in links() if not link.flags & IFF_LOOPBACK and not is_host_end(link))
+    outward = (link for link in links() if not link.flags & IFF_LOOPBACK and not is_own(link))
     mtus = {link.index: u32(link.attributes[IFLA_MTU]) for link in outward}
     for uplinks in (default_route_devices(), _addressed_devices()):
         if known := [mtus[number] for number in uplinks if number in mtus]:
@@ -121,8 +121,8 @@ def enable_forwarding() -> None:
         sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
 
 
-def is_host_end(link: Link) -> bool:
-    """Say whether a device is the host end of a pod's veth pair."""
+def is_own(link: Link) -> bool:
+    """Say whether a device is the host end of a pod's veth pair, or such a pod's shaper."""
     alias = text(link.attributes.get(IFLA_IFALIAS, b""))
     return link.name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX)
 
@@ -138,9 +138,14 @@ def links(*filters: tuple[str, object]) -> Iterator[Link]:
 
 def host_ends() -> Iterator[Link]:
     """Yield the host ends of podlane's veth pairs. Raises KernelError."""
-    # ip link show type veth
-    kind = {"attrs": [("IFLA_INFO_KIND", "veth")]}
-    return (link for link in links(("IFLA_LINKINFO", kind)) if is_host_end(link))
+    return own_links("veth")
+
+
+def own_links(kind: str) -> Iterator[Link]:
+    """Yield podlane's own devices of a kind: veth, or ifb (see `shaping`). Raises KernelError."""
+    # ip link show type KIND
+    wanted = {"attrs": [("IFLA_INFO_KIND", kind)]}
+    return (link for link in links(("IFLA_LINKINFO", wanted)) if is_own(link))
 
 
 def default_route_devices() -> set[int]:

@@ -55,7 +55,7 @@ def create_pair(host: str, host_mac: str, pod: str, pod_mac: str, mtu: int, alia
         raise
     try:
         # Not in one batch with the above: were the name taken, this would change a device that is not ours.
-        perform([_set_link(host, mtu, [("IFLA_IFALIAS", alias)])])
+        perform([set_link(host, mtu, [("IFLA_IFALIAS", alias)])])
         return _index(host)
     except KernelError:
         delete_device(host)
@@ -72,7 +72,7 @@ def raise_host(host: str, *, ipv6: bool = True) -> None:
         sysctl.ensure(f"net/ipv6/conf/{host}/disable_ipv6", "0")
         sysctl.ensure(f"net/ipv6/conf/{host}/accept_ra", "0")
         sysctl.ensure(f"net/ipv6/conf/{host}/forwarding", "1")
-    perform([_up(host)])
+    perform([up(host)])
 
 
 def configure_pod(
@@ -103,7 +103,7 @@ def configure_pod(
         number = _index(pod)
         if 6 in versions:
             _enable_ipv6(pod)
-        requests = [_set_link(pod, mtu, []), _up(pod)]
+        requests = [set_link(pod, mtu, []), up(pod)]
         requests += [_add_address(number, address, address.max_prefixlen) for address in addresses]
         if link_local and 6 in versions:
             requests.append(_add_address(number, link_local, 64))
@@ -159,8 +159,11 @@ def _identity(name: str, mac: str, mtu: int) -> list[tuple[str, object]]:
     return [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu)]
 
 
-def _set_link(name: str, mtu: int, values: list[tuple[str, object]]) -> Request:
-    """Set attributes of a device that is down; keep the kernel from making up a link-local address for it."""
+def set_link(name: str, mtu: int, values: Sequence[tuple[str, object]]) -> Request:
+    """Return a request to set attributes of a device that is down.
+
+    The kernel shall not make up a link-local address for it.
+    """
     # ip link set NAME addrgenmode none
     if mtu >= IPV6_MIN_MTU and sysctl.ipv6_present():
         mode = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", IN6_ADDR_GEN_MODE_NONE)]}
@@ -168,7 +171,8 @@ def _set_link(name: str, mtu: int, values: list[tuple[str, object]]) -> Request:
     return request(f"set up {name}", ifinfmsg, RTM_SETLINK, attributes=[("IFLA_IFNAME", name), *values])
 
 
-def _up(name: str) -> Request:
+def up(name: str) -> Request:
+    """Return a request to set a device up."""
     # ip link set NAME up
     flags = {"flags": IFF_UP, "change": IFF_UP}
     return request(f"set {name} up", ifinfmsg, RTM_SETLINK, fields=flags, attributes=[("IFLA_IFNAME", name)])

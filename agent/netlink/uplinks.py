@@ -11,7 +11,7 @@ from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_NEWADDR
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
 from agent.netlink.channel import attributes, dump, request
-from agent.netlink.devices import Link, default_route_devices, host_ends, is_host_end, links
+from agent.netlink.devices import Link, default_route_devices, host_ends, is_own, links
 from agent.netlink.rtnl import ADDRESS, IFA_ADDRESS, IFA_LOCAL, IFLA_INFO_KIND, IFLA_LINKINFO, RT_SCOPE_UNIVERSE, text
 from agent.state import Address, Sources, Uplink
 
@@ -52,7 +52,7 @@ def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
             return any(fnmatchcase(link.name, pattern) for pattern in patterns)
         return link.index in routed or (link.index in addressed and _kind(link) not in INWARD)
 
-    found = (link for link in links() if link.type == ARPHRD_ETHER and not is_host_end(link) and leads_out(link))
+    found = (link for link in links() if link.type == ARPHRD_ETHER and not is_own(link) and leads_out(link))
     return {link.name: Uplink(link.index, _sources(link.index, addresses)) for link in found}
 
 

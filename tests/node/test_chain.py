@@ -283,6 +283,25 @@ def test_sbr(node: Machine, netns: Netns, version: str) -> None:
     assert not any(node.traces().values())
 
 
+@pytest.mark.parametrize("rates", [("ingress",), ("egress",), ("ingress", "egress")])
+def test_portmap_and_limits(node: Machine, netns: Netns, rates: tuple[str, ...]) -> None:
+    """In a chain as well, the runtime's limits are podlane's to keep: portmap's host port leads through them."""
+    limits = {f"{way}{what}": 40_000_000 for way in rates for what in ("Rate", "Burst")}
+    own = {**PODLANE, "capabilities": {"bandwidth": True}}
+    chain = Chain(node, own, PORTMAP, runtime_config={**PORTS, "bandwidth": limits}, unchecked=("portmap",))
+    with attached(chain, netns) as result:
+        before = node.packets()
+        assert_reaches_world(netns)
+        assert_host_port_leads_to(node, netns, addresses(result))
+        device = result["interfaces"][0]["name"]
+        queued = {"ingress": device, "egress": f"{device}o"}
+        for way in rates:
+            (queue,) = json.loads(node.netns.run("tc", "-s", "-j", "qdisc", "show", "dev", queued[way], "root").stdout)
+            assert queue["kind"] == "tbf"
+            assert queue["packets"] > 0
+        assert ("egress" in rates) == (node.packets()["fwd_shaped"] > before["fwd_shaped"])
+
+
 @pytest.mark.xfail(strict=True, reason="it wants a qdisc of its own at once, and redirected packets pass it by")
 def test_bandwidth(node: Machine, netns: Netns) -> None:
     """Before bandwidth: all that a pod receives passes its queue."""

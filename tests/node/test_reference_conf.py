@@ -113,7 +113,6 @@ def test_keys_without_effect(node: Machine, netns: Netns) -> None:
         ("portIsolation", True),
         ("disableContainerInterface", True),
         ("runtimeConfig", {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "sctp"}]}),
-        ("runtimeConfig", {"bandwidth": {"ingressRate": 1000, "ingressBurst": 1000}}),
     ],
 )
 def test_refused_by_name(node: Machine, netns: Netns, key: str, value: object) -> None:

@@ -22,7 +22,16 @@ SOURCE = Path(__file__).resolve().parents[2] / "bpf"
 _MAPS_H = """\
 #pragma once
 struct addr { __be32 word[4]; };
-struct endpoint { __u32 ifindex; __u8 mac[6]; __u8 flag, native; __u32 network, serves; EXTRA_MEMBER };
+struct endpoint {
+    __u32 ifindex;
+    __u8 mac[6];
+    __u16 native;
+    __u32 network;
+    __u32 shaper;
+    __u16 queued;
+    __u16 serves;
+    EXTRA_MEMBER
+};
 struct counter { __u64 packets; __u64 bytes; };
 struct outcomes { struct counter first; struct counter second; struct counter other; };
 struct odd { __u8 small; __u64 large; __u16 end; };

@@ -30,7 +30,7 @@ def test_the_object_describes_the_source(compile_small: Compile) -> None:
     assert [program.name for program in small.programs] == ["from_pod", "to_pod"]
     maps = {spec.name: spec for spec in small.maps}
     assert maps.keys() == {"endpoints", "outcomes", "per_cpu", "odd", "routes"}
-    assert (maps["endpoints"].key_size, maps["endpoints"].value_size) == (16, 20)
+    assert (maps["endpoints"].key_size, maps["endpoints"].value_size) == (16, 24)
     assert '"mac"' in maps["endpoints"].value
     used = [{name for _, name in program.relocations} for program in small.programs]
     assert used == [{"endpoints", "outcomes"}, {"outcomes"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from scapy.all import IPOption
 
 from .cases import EACH
 from .harness import A, B
@@ -27,6 +28,22 @@ def test_networks_do_not_mix(node: Node, family: int, ours: int, theirs: int) ->
     assert (
         node.leave(from_pod(family, A, address(family)) / request("udp", family, 5000)).outcome == "drop_other_network"
     )
+
+
+def test_options_lead_nowhere_else(node: Node) -> None:
+    """Nor does it by what is left to the stack unseen: IP options, or fragments of a pod that answers by the stack."""
+    node.to_pod(arriving(4, A.ipv4) / request("udp", 4, 5000))
+    node.alter_endpoints(B, network=1)
+    options = from_pod(4, A, B.ipv4, options=[IPOption(b"\x94\x04\x00\x00")])
+    for packet in (options, from_pod(4, A, B.ipv4, flags="MF")):
+        assert node.leave(packet / request("udp", 4, 6000)).outcome == "drop_other_network"
+
+
+def test_answer_by_the_stack(node: Node) -> None:
+    """What the stack brought from another network, as a service does, is answered by the stack."""
+    node.to_pod(arriving(4, A.ipv4, B.ipv4) / request("udp", 4, 5000))
+    node.alter_endpoints(B, network=1)
+    assert node.leave(from_pod(4, A, B.ipv4) / answer("udp", 4, 5000)).outcome == "punt_reply"
 
 
 @BY_FAMILY

@@ -15,7 +15,7 @@ from .conftest import SOURCE
 from .harness import DROP, A, B, Ran, Rig, verdicts_of
 from .test_host_ports import CLIENT, HOST, OWN, publish
 from .test_to_pod import EXAMPLES
-from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, from_pod, leaving, request
+from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, delivered, from_pod, leaving, request
 
 pytestmark = pytest.mark.root
 
@@ -65,6 +65,11 @@ def called_by_port(node: Node) -> None:
     node.into(arriving(4, NODE[4]) / request("udp", 4, CLIENT, to_port=HOST))
 
 
+def limited(node: Node) -> None:
+    """Limit what a pod sends: there is no such device, but the verdict is the same."""
+    node.alter_endpoints(A, shaper=0x7FFFFFFF)
+
+
 def nothing(_: Node) -> None:
     """Need nothing."""
 
@@ -76,6 +81,8 @@ LATER: dict[str, Any] = {"frag": 10, "id": 7, "proto": 17}
 
 WORLDLY: dict[str, Example] = {
     "fwd_uplink": (nothing, UP, from_pod(4) / UDP()),
+    "fwd_shaped": (limited, UP, from_pod(4) / UDP()),
+    "fwd_queued": (nothing, Node.to_queue, delivered(4, A) / UDP()),
     "fwd_inbound": (nothing, IN, arriving(4, A.ipv4) / UDP()),
     "fwd_host_in": (nothing, IN, arriving(4, NODE[4]) / UDP()),
     "fwd_host_out": (nothing, OUT, leaving(4, NODE[4]) / UDP()),

@@ -53,7 +53,7 @@ FAMILIES = (4, 6)
 KINDS = ("tcp", "udp", "echo")
 
 FAST = 0x706C0000
-"""The mark of what from_pod sends out: FAST_MARK of bpf/stack.h."""
+"""The mark of what from_pod sends out: FAST_MARK of bpf/mark.h."""
 
 SETTINGS = {
     "first_port": 49152,
@@ -136,6 +136,10 @@ class Node(Rig):
     def to_pod(self, packet: Packet | bytes, *, pod: Pod = A) -> Ran:
         """Run to_pod on what the host stack sends to a pod."""
         return self.run(packet, program="to_pod", pod=pod)
+
+    def to_queue(self, packet: Packet | bytes, *, pod: Pod = A) -> Ran:
+        """Run to_pod on what another program sends to a limited pod."""
+        return self.run_in(SkBuff(ifindex=self.indexes[pod], mark=FAST), packet, program="to_pod")
 
     def entries(self, name: str) -> dict[tuple[str, int, str, int], Any]:
         """Return the entries of a map that is keyed by tuples: source, its port, destination, its port."""

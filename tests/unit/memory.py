@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from agent.loop import Loop, Tables
 from agent.plan import Inside, Outside, plan, routed_subnets
+from agent.pods import shaper_of
 from agent.ranges import Range
 from agent.state import (
     Address,
@@ -30,6 +31,7 @@ from agent.state import (
     Neighbour,
     Network,
     PodPort,
+    Queue,
     Settings,
     Sources,
     State,
@@ -37,15 +39,25 @@ from agent.state import (
 )
 from agent.store import Netns, Phase, Pod, Published, Store, Subnet
 from cni.call import Attachment
+from cni.netconf import Bandwidth
 
 K = TypeVar("K")
 V = TypeVar("V")
 NAMES = tuple(each.name for each in fields(State))
-POD_TABLES = ("endpoints", "host_ports", "hooks", "neighbours", "gateways", "routes")  # with entries for every pod
+POD_TABLES = (
+    "queues",
+    "endpoints",
+    "host_ports",
+    "hooks",
+    "neighbours",
+    "gateways",
+    "routes",
+)  # with entries for all pods
 SECONDS = 30.0  # until a test that waits for something gives up
 
 
 FOREIGN: dict[str, tuple[Any, Any]] = {
+    "queues": (99, Queue(1, 2)),
     "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
     "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, 8, "drop", True)),
     "prefixes": (ip_network("192.0.2.0/24"), Lanes(native=True, stack=True)),
@@ -66,6 +78,9 @@ SUBNETS = tuple(
     for network, gateway in (("10.0.0.0/24", "10.0.0.254"), ("fd00::/64", "fd00::ffff"))
 )
 """Of the pods' addresses, with the node's own in them."""
+
+LIMITS = Bandwidth(ingressRate=8000, ingressBurst=80000, egressRate=8000, egressBurst=80000)
+"""Of each pod."""
 
 
 OUTSIDE = Outside(
@@ -131,18 +146,26 @@ class MemoryDevices:
         self.existing[device] = next(self._numbers)
 
     def indexes(self, pods: Sequence[Pod]) -> dict[str, int]:
-        """Return what exists of the pods' host ends."""
+        """Return what exists of the pods' host ends and shapers."""
         existing = dict(self.existing)
-        return {pod.device: existing[pod.device] for pod in pods if pod.device in existing}
+        names = [name for pod in pods for name in (pod.device, shaper_of(pod.device))]
+        return {name: existing[name] for name in names if name in existing}
 
     def restore(self, pod: Pod) -> None:
         """Make it again, unless refused."""
         self._try("restore", pod)
         self.create(pod.device)
+        if pod.limits.egress_rate:
+            self.create(shaper_of(pod.device))
 
     def finish_restore(self, pod: Pod) -> None:
         """Do nothing but to say so."""
         self._try("finish_restore", pod)
+
+    def shape(self, pod: Pod) -> None:
+        """Make the shaper again, unless refused."""
+        self._try("shape", pod)
+        self.create(shaper_of(pod.device))
 
     def fallen(self) -> set[str]:
         """Return what is down."""
@@ -151,7 +174,7 @@ class MemoryDevices:
     def lift(self, pod: Pod) -> None:
         """Set it up, unless refused."""
         self._try("lift", pod)
-        self.down.discard(pod.device)
+        self.down -= {pod.device, shaper_of(pod.device)}
 
     def macs(self) -> dict[int, str]:
         """Return the MAC addresses that tests have set."""
@@ -176,6 +199,7 @@ class World:
         self.store = Store(directory / "ipam.db", ranges, "boot")
         self.journal: list[tuple[str, str]] = []
         self.tables = Tables(
+            queues=MemoryTable[int, Queue]("queues", self.journal),
             endpoints=MemoryTable[Address, Endpoint]("endpoints", self.journal),
             settings=MemoryTable[int, Settings]("settings", self.journal),
             prefixes=MemoryTable[Network, Lanes]("prefixes", self.journal),
@@ -246,10 +270,13 @@ class World:
         device = f"pl-{name}"
         self._last_port += 1
         published = [Published(HostPort(ip_address("0.0.0.0"), self._last_port, 6), 80)]  # noqa: S104
-        pod = self.store.reserve(it, device=device, mac=mac, mtu=1500, netns=Netns("/x", "4:1"), published=published)
+        pod = self.store.reserve(
+            it, device=device, mac=mac, mtu=1500, netns=Netns("/x", "4:1"), published=published, limits=LIMITS
+        )
         self.store.assign(it, (), SUBNETS)
         pod = replace(pod, subnets=SUBNETS)
         self.devices.create(device)
+        self.devices.create(shaper_of(device))
         if phase is not Phase.RESERVED:
             self.store.activate(it)
         if phase is Phase.RELEASING:
@@ -260,6 +287,9 @@ class World:
         """Take a pod away as DEL does: with a device all that refers to it is gone, but not its endpoints."""
         self.store.begin_release(pod.attachment)
         index = self.devices.existing.pop(pod.device)
+        shaper = self.devices.existing.pop(shaper_of(pod.device))
+        for limited in (index, shaper):
+            self.table("queues").objects.pop(limited, None)
         self.table("hooks").objects.pop(Hook(pod.device, "ingress"), None)
         self.table("hooks").objects.pop(Hook(pod.device, "egress"), None)
         for address in pod.addresses:

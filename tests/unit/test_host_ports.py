@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
@@ -119,20 +118,6 @@ def test_they_survive_the_agent(tmp_path: Path) -> None:
     store.close()
     store = open_store(tmp_path / "ipam.db")
     assert set(ports_of(store, attachment("a"))) == set(store.pods()[0].published) == set(ports)
-
-
-def test_schema_2_is_taken_over(tmp_path: Path) -> None:
-    """A database of the last schema gets the table, and its pods have no host ports."""
-    path = tmp_path / "ipam.db"
-    store = open_store(path)
-    reserve(store, attachment("a"))
-    store.close()
-    with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE host_port")
-        db.execute("PRAGMA user_version = 2")
-    store = open_store(path)
-    assert ports_of(store, attachment("a")) == ()
-    reserve(store, attachment("b"), published("::"))
 
 
 def test_plan() -> None:

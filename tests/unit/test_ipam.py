@@ -135,7 +135,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"cni_args": "IP=10.1.0.4"},
     ),
     "request outside": (SUBNET, {"args": {"cni": {"ips": ["10.1.0.2", "10.1.0.7"]}}}),
-    "request too many": (SUBNET, {"runtimeConfig": {"ips": ["10.1.0.2", "10.1.0.4"]}}),
     "exhausted by a gateway": ({**SUBNET, "rangeStart": "10.1.0.1", "rangeEnd": "10.1.0.1"}, {}),
 }
 
@@ -155,6 +154,17 @@ def test_refuses_what_host_local_refuses(case: str, tmp_path: Path, store: Store
     assert theirs["msg"] in ours["msg"]
     assert theirs["code"] == 999
     assert ours["code"] in (7, 999)
+
+
+@needs_host_local
+def test_more_requests_than_sets(tmp_path: Path, store: Store) -> None:
+    """Of two requests for one range set one is refused in host-local's words: there a random one, here the second."""
+    keys: dict[str, Any] = {"runtimeConfig": {"ips": ["10.1.0.2", "10.1.0.4"]}}
+    theirs = HostLocal(tmp_path / "networks").call("ADD", "0", {"type": "host-local", **SUBNET}, **keys)
+    ours = add(store, 0, SUBNET, **keys)
+    words, _, refused = theirs["msg"].rpartition(" ")
+    assert refused in ("10.1.0.2", "10.1.0.4")
+    assert f"{words} 10.1.0.4" in ours["msg"]
 
 
 @needs_host_local

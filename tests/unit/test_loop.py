@@ -48,7 +48,8 @@ def test_order(slow: World) -> None:
     with slow.running():
         done = [what for what in slow.journal if what[0] != "read"]
         assert done == [("upsert", name) for name in NAMES] + [("delete", name) for name in reversed(NAMES)]
-    assert NAMES.index("endpoints") < NAMES.index("hooks") < NAMES.index("uplinks") < NAMES.index("neighbours")
+    chain = ("queues", "endpoints", "hooks", "uplinks", "neighbours")
+    assert sorted(chain, key=NAMES.index) == list(chain)
     assert NAMES.index("gateways") < NAMES.index("routes")
     assert max(map(NAMES.index, ("settings", "prefixes", "node_addresses", "host_ports"))) < NAMES.index("hooks")
 
@@ -62,7 +63,7 @@ def test_pass_touches_only_what_differs(slow: World) -> None:
         assert slow.journal == []
         slow.store.begin_release(pod.attachment)
         slow.sync()
-        tables = ("routes", "gateways", "neighbours", "host_ports", "node_addresses", "endpoints")
+        tables = ("routes", "gateways", "neighbours", "host_ports", "node_addresses", "endpoints", "queues")
         assert slow.journal == [("delete", name) for name in tables]
 
 

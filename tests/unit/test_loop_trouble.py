@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from agent.pods import shaper_of
 from agent.state import KernelError, PodPort
 from agent.store import Phase
 from tests.unit.memory import FOREIGN, NAMES, POD_TABLES, World
@@ -54,7 +55,7 @@ def is_of(pod: str, world: World, key: object, value: object) -> bool:
     if isinstance(value, PodPort):
         return any(each.device == f"pl-{pod}" and value.address in each.addresses for each in world.store.pods())
     index = world.devices.existing[f"pl-{pod}"]
-    return index in (value, getattr(value, "ifindex", None), getattr(key, "ifindex", None))
+    return index in (key, value, getattr(value, "ifindex", None), getattr(key, "ifindex", None))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,7 +112,7 @@ def test_check_before_anything_is_in_force(slow: World) -> None:
     """A pod whose device is missing, or that no pass has seen, is not in force, and the message says which part."""
     with slow.running():
         pod = slow.add("a")
-        with pytest.raises(KernelError, match=r"endpoints 10\.0\.0\.1 is not in force"):
+        with pytest.raises(KernelError, match=r"queues \d+ is not in force"):
             slow.loop.check(pod)
         slow.sync()
         slow.loop.check(pod)
@@ -134,7 +135,7 @@ def test_missing_device_is_made_again(slow: World) -> None:
         assert slow.journal[0] == ("restore", active.device)
         assert slow.journal[-1] == ("finish_restore", active.device)
         assert ("upsert", "hooks") in slow.journal
-        assert slow.devices.existing.keys() == {active.device}
+        assert slow.devices.existing.keys() == {active.device, shaper_of(active.device)}
         assert slow.actual() == slow.desired()
         assert slow.repairs == {"devices": 1}
 

@@ -63,6 +63,7 @@ def test_textbook_configuration_of_bridge() -> None:
         {"runtimeConfig": {"portMappings": [], "bandwidth": {}}},
         {"runtimeConfig": {"portMappings": [{"HostPort": 80, "ContainerPort": 8080, "Protocol": "TCP"}]}},
         {"runtimeConfig": {"bandwidth": {"ingressRate": 0, "ingressBurst": 4294967295}}},
+        {"runtimeConfig": {"bandwidth": {"IngressRate": 8, "IngressBurst": 34359738359}}},
     ],
 )
 def test_what_is_served(keys: dict[str, object]) -> None:
@@ -94,9 +95,19 @@ def test_what_is_served(keys: dict[str, object]) -> None:
         ),
         ({"runtimeConfig": {"portMappings": [{"containerPort": 80}]}}, 7, "Invalid host port number: 0"),
         (
-            {"runtimeConfig": {"bandwidth": {"egressRate": 5}}},
-            2,
-            'unsupported field "runtimeConfig.bandwidth": {"ingressRate": 0, ',
+            {"runtimeConfig": {"bandwidth": {"egressRate": 8000}}},
+            7,
+            "runtimeConfig.bandwidth.egressBurst: if egressRate is set (8000), egressBurst must also be set",
+        ),
+        (
+            {"runtimeConfig": {"bandwidth": {"ingressRate": 5, "ingressBurst": 8000}}},
+            7,
+            "runtimeConfig.bandwidth.ingressRate: 5 bits per second are less than a byte (8)",
+        ),
+        (
+            {"runtimeConfig": {"bandwidth": {"ingressRate": 8, "ingressBurst": 8 * 0xFFFFFFFF}}},
+            7,
+            "runtimeConfig.bandwidth.ingressBurst: 34359738360 bits are more than the 4 GiB that can wait",
         ),
         ({"vlan": -1}, 7, "invalid VLAN ID -1 (must be between 0 and 4094)"),
         ({"vlan": 4095}, 7, "invalid VLAN ID 4095 (must be between 0 and 4094)"),

@@ -257,3 +257,12 @@ def previous(scene: Scene) -> Seen:
 def kept(scene: Scene) -> Seen:
     """Files that ADD leaves in `ipam.dataDir`."""
     return told("ADD", scene.call("ADD")) | {"files in dataDir": any(scene.side.data_dir.glob("*/10.*"))}
+
+
+def limited(scene: Scene) -> Seen:
+    """ADD a pod whose runtime asks for limits both ways, count the token buckets that there are then, and DEL it."""
+    rates = {f"{way}{what}": 8_000_000 for way in ("ingress", "egress") for what in ("Rate", "Burst")}
+    outcome = scene.call("ADD", runtimeConfig={"bandwidth": rates})
+    queues = json.loads(scene.side.node.run("tc", "-j", "qdisc", "show").stdout)
+    seen = told("ADD", outcome) | {"node: limited directions": sum(each["kind"] == "tbf" for each in queues)}
+    return seen | told("DEL", scene.call("DEL"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.node.reference.acts import life
-from tests.node.reference.acts_calls import calls, mac, refused, refused_by_name, second_interface, shape
+from tests.node.reference.acts_calls import calls, limited, mac, refused, refused_by_name, second_interface, shape
 from tests.node.reference.case import Case
 
 SUBNETS = [[{"subnet": "10.77.0.0/24"}], [{"subnet": "fd77::/64"}]]
@@ -186,7 +186,7 @@ REQUESTS = [
         "runtimeConfig.bandwidth",
         "`runtimeConfig.bandwidth`",
         BRIDGE,
-        calls({"runtimeConfig": {"bandwidth": {"ingressRate": 1000000, "ingressBurst": 1000000}}}),
+        limited,
     ),
 ]
 TEXTBOOK = {

@@ -206,10 +206,10 @@ _PORTS = Difference(
 )
 _BANDWIDTH = Difference(
     "`runtimeConfig.bandwidth`",
-    "without effect: the plugin bandwidth, if it is in the chain, reads it",
-    "refused by name (code 2)",
-    "not yet: podlane is to do it by itself",
-    refused("ADD 1", "runtimeConfig.bandwidth"),
+    "without effect: another plugin of the chain (bandwidth) reads it",
+    "kept, both ways; a rate without a burst is refused, as by that plugin",
+    "that plugin's queues are not on the way of podlane's packets",
+    where("node: limited directions", 0, 2, "runtimeConfig.bandwidth"),
 )
 KEYS_DIFFER = (
     _LINK,
