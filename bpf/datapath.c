@@ -50,8 +50,10 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);
     if (endpoint && endpoint->network != packet->network && (!of_stack || packet->is_fragment))
         return drop(skb, OUTCOME(drop_other_network));
+    __u32 by_host_port =
+        !of_stack && may_be_served(skb, packet, endpoint) ? translate_locally(skb, packet, endpoint) : 0;
     if (packet->shaper)
-        return shape(skb, packet);
+        return shape(skb, packet, by_host_port);
 
     if (packet->has_options)
         return punt(skb, OUTCOME(punt_options));
@@ -64,7 +66,6 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
 
     if (of_stack)
         return punt(skb, OUTCOME(punt_reply));
-    bool by_host_port = may_be_served(packet, endpoint) && translate_locally(skb, packet, endpoint);
     if (by_host_port)
         endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
@@ -106,13 +107,15 @@ int to_pod(struct __sk_buff *skb)
         skb->mark = 0;
         return punt(skb, OUTCOME(fwd_queued));
     }
+    if (skb->mark == CALL_MARK || skb->mark == ANSWER_MARK)
+        return punt(skb, complete_locally(skb) ? OUTCOME(port_shaped) : OUTCOME(fwd_from_stack));
     if (parse(skb, &packet) != KIND_IP)
         return punt(skb, OUTCOME(fwd_from_stack));
     struct endpoint *pod = endpoints.lookup(&packet.destination);
     bool is_nodes = node_addresses.lookup(&packet.source);
     if (pod && (pod->serves || !is_nodes) && identify(skb, &packet, &transport)) {
         if (is_nodes)
-            forget_host_port(&transport);
+            forget_own_call(&transport);
         else
             keep_in_stack(&transport, pod);
     }

@@ -9,6 +9,7 @@
 #include "identify.h"
 #include "inbound.h"
 #include "maps.h"
+#include "mark.h"
 #include "parse.h"
 #include "ports.h"
 #include "rewrite.h"
@@ -81,7 +82,7 @@ static bool to_host_port(struct __sk_buff *skb, struct packet *packet, struct tr
 
 /*
  * What a pod sends to a host port of its own node: `meant` becomes what the serving pod is to see. A pod that calls
- * itself hears the node: no kernel takes what seems to come from itself.
+ * itself hears the node: no kernel takes what seems to come from itself. The note is of the pods' own addresses.
  */
 static bool call_locally(struct __sk_buff *skb, const struct packet *packet, const struct transport *transport,
                          struct tuple *meant)
@@ -93,13 +94,13 @@ static bool call_locally(struct __sk_buff *skb, const struct packet *packet, con
     struct endpoint *server = endpoints.lookup(&found->address);
     if (!server || server->network != packet->network)
         return false;
-    if (same_address(&found->address, &packet->source))
-        meant->source = packet->destination;
     meant->destination = found->address;
     meant->destination_port = found->port;
     struct tuple answer = reversed(meant);
     if (is_nodes_own(skb, transport, &answer))
         return false;
+    if (same_address(&found->address, &packet->source))
+        meant->source = packet->destination;
     note_inbound(transport, &answer, &packet->destination, transport->tuple.destination_port);
     return true;
 }
@@ -107,16 +108,17 @@ static bool call_locally(struct __sk_buff *skb, const struct packet *packet, con
 /* What a pod answers to another of this node, or to itself: `meant` becomes what the one that called is to see. */
 static bool answer_locally(const struct packet *packet, struct transport *transport, bool to_pod, struct tuple *meant)
 {
-    if (!to_pod && !node_addresses.lookup(&packet->destination))
-        return false; /* to_uplink does it */
-    struct note *note = reply_note(packet, transport);
-    if (!note || !note->port)
-        return false;
     if (!to_pod) {
-        if (!same_address(&note->address, &packet->destination))
-            return false;
-        meant->destination = packet->source;
+        if (!node_addresses.lookup(&transport->tuple.destination))
+            return false; /* to_uplink does it */
+        transport->tuple.destination = packet->source;
     }
+    struct note *note = reply_note(packet, transport);
+    transport->tuple.destination = packet->destination;
+    if (!note || !note->port || (!to_pod && !same_address(&note->address, &packet->destination)))
+        return false;
+    if (!to_pod)
+        meant->destination = packet->source;
     meant->source = note->address;
     meant->source_port = note->port;
     return true;
@@ -133,37 +135,69 @@ static void forget_host_port(struct transport *transport)
         forget_inbound(&answer);
 }
 
+/* The same for a flow of the node's own, which looks to the pod like one that it has with itself by a host port. */
+static void forget_own_call(struct transport *transport)
+{
+    transport->tuple.source = transport->tuple.destination;
+    forget_host_port(transport);
+}
+
 /*
- * What a pod sends to a host port of its own node, or answers from one: true if it was changed. `receiver` is whose
- * address the destination is, if it is a pod's. Errors stay as they are: their way back has no other MTU.
+ * What a pod sends to a host port of its own node, or answers from one: the mark that says which, or 0 if it is neither
+ * and was not changed. `receiver` is whose address the destination is, if it is a pod's. What a limited pod sends keeps
+ * its source for the time being (mark.h). Errors stay as they are: their way back has no other MTU.
  */
-static bool translate_locally(struct __sk_buff *skb, struct packet *packet, const struct endpoint *receiver)
+static __u32 translate_locally(struct __sk_buff *skb, struct packet *packet, const struct endpoint *receiver)
 {
     struct transport transport = {};
+    __u32 mark = ANSWER_MARK;
 
     if (!identify_itself(skb, packet, &transport))
-        return false;
+        return 0;
     struct tuple meant = transport.tuple;
     remember_ports(&transport);
     if (!(packet->serves && answer_locally(packet, &transport, receiver, &meant))) {
+        mark = CALL_MARK;
         if (receiver && receiver->serves)
             forget_host_port(&transport);
         if (receiver || !call_locally(skb, packet, &transport, &meant))
-            return false;
+            return 0;
     }
-    if (rewrite_source(skb, packet, &transport, &meant.source, meant.source_port) ||
+    if ((!packet->shaper && rewrite_source(skb, packet, &transport, &meant.source, meant.source_port)) ||
         rewrite_destination(skb, packet, &transport, &meant.destination, meant.destination_port))
-        return false;
+        return 0;
     packet->destination = meant.destination;
-    return true;
+    return mark;
 }
 
-/* Is it worth a closer look? */
-static bool may_be_served(const struct packet *packet, const struct endpoint *receiver)
+/* Is it worth a closer look? What only the stack understands is left as it is. */
+static bool may_be_served(const struct __sk_buff *skb, const struct packet *packet, const struct endpoint *receiver)
 {
     struct addr destination = packet->destination;
 
-    if (packet->ttl <= 1)
+    if (packet->ttl <= 1 || packet->has_options || skb->pkt_type != PACKET_HOST)
         return false;
     return packet->serves || (receiver ? receiver->serves : node_addresses.lookup(&destination) != 0);
+}
+
+/* The rest of `translate_locally` for what a limited pod has sent: its source, at the receiver's host end. */
+static bool complete_locally(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+    bool is_answer = skb->mark == ANSWER_MARK;
+
+    skb->mark = 0;
+    if (parse(skb, &packet) != KIND_IP || !identify_itself(skb, &packet, &transport))
+        return false;
+    remember_ports(&transport);
+    if (!is_answer && !same_address(&packet.source, &packet.destination))
+        return true; /* of all calls, only a pod's own to itself comes from elsewhere */
+    struct tuple answer = is_answer ? transport.tuple : reversed(&transport.tuple);
+    struct note *note = find_note(&answer);
+    if (!note || !note->port)
+        return false;
+    struct addr address = note->address;
+    __be16 port = is_answer ? note->port : transport.tuple.source_port;
+    return rewrite_source(skb, &packet, &transport, &address, port) == 0;
 }

@@ -159,9 +159,10 @@ struct outcomes {
     struct counter masq_in;  /* from_uplink: an answer, given back to its pod */
     struct counter masq_out; /* to_uplink: now the node's */
 
-    struct counter port_in;    /* from_uplink: for a host port, given to its pod */
-    struct counter port_local; /* from_pod: the same between pods, in both directions */
-    struct counter port_out;   /* to_uplink: a pod's answer, now the host port's */
+    struct counter port_in;     /* from_uplink: for a host port, given to its pod */
+    struct counter port_local;  /* from_pod: the same between pods, in both directions */
+    struct counter port_shaped; /* to_pod: the same, sent by a limited pod */
+    struct counter port_out;    /* to_uplink: a pod's answer, now the host port's */
 
     struct counter punt_arp;
     struct counter punt_fragment; /* from_uplink: a later one, and its first was for no pod */

@@ -9,9 +9,14 @@
 #include "maps.h"
 #include "parse.h"
 
-/* For an honest packet: all that the pod sends passes the queue, so that no kind of packet goes past the limit. */
-static int shape(struct __sk_buff *skb, struct packet *packet)
+/*
+ * For an honest packet: all that the pod sends passes the queue, so that no kind of packet goes past the limit. `mark`
+ * is for to_pod, if not 0 (mark.h).
+ */
+static int shape(struct __sk_buff *skb, struct packet *packet, __u32 mark)
 {
+    if (mark)
+        skb->mark = mark;
     count(skb, OUTCOME(fwd_shaped));
     return bpf_redirect(packet->shaper, 0);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import pytest
@@ -32,18 +32,22 @@ def mapping(protocol: str = "tcp", port: int = PORT, **more: object) -> dict[str
 
 
 BOTH = (mapping("tcp"), mapping("udp"))
+UNLIMITED: Mapping[str, int] = {}
+RATE, BURST = 800_000_000, 1_600_000
+LIMITED = {"ingressRate": RATE, "ingressBurst": BURST, "egressRate": RATE, "egressBurst": BURST}
+"""Little enough that what is sent at once has to wait."""
 
 
-def ask(node: Machine, netns: Netns, *mappings: dict[str, object]) -> Outcome:
-    """ADD with these mappings."""
-    config = {"runtimeConfig": {"portMappings": list(mappings)}}
+def ask(node: Machine, netns: Netns, *mappings: dict[str, object], limits: Mapping[str, int] = UNLIMITED) -> Outcome:
+    """ADD with these mappings, and limits of bandwidth."""
+    config = {"runtimeConfig": {"portMappings": list(mappings), "bandwidth": limits}}
     return node.cni("ADD", container_id=netns.name, netns=str(netns.path), config=config)
 
 
-def publish(node: Machine, *mappings: dict[str, object]) -> TestPod:
-    """Make a pod with these mappings."""
+def publish(node: Machine, *mappings: dict[str, object], limits: Mapping[str, int] = UNLIMITED) -> TestPod:
+    """Make a pod with these mappings and limits."""
     netns = node.add_netns("served")
-    outcome = ask(node, netns, *mappings)
+    outcome = ask(node, netns, *mappings, limits=limits)
     assert outcome.exit_code == 0, f"{outcome.stdout}\n{node.log_tail()}"
     return TestPod(netns, netns.name, outcome.json())
 
@@ -104,6 +108,25 @@ def test_own_flows_stay_masqueraded(node: Machine, pod: TestPod, family: int, ki
     """A pod with host ports opens connections as any other: under the node's address."""
     with server(node.world, kind, NEIGHBOUR[family], 7) as far:
         assert who(pod.netns, far)[0] == NODE[family]
+
+
+@families
+@kinds
+@pytest.mark.parametrize(("theirs", "ours"), [(LIMITED, UNLIMITED), (UNLIMITED, LIMITED), (LIMITED, LIMITED)])
+def test_limited_pods(
+    node: Machine, family: int, kind: socket.SocketKind, theirs: Mapping[str, int], ours: Mapping[str, int]
+) -> None:
+    """The same where the pod that serves, the one that asks, or both have limits: what waits is translated, too."""
+    pod, other = publish(node, *BOTH, limits=theirs), publish(node, limits=ours)
+    with server(pod.netns, kind, pod.addresses[family], OWN) as inside:
+        assert who(node.world, at(NODE[family], kind))[0] == NEIGHBOUR[family]
+        for port in (0, 5555):
+            assert who(other.netns, at(NODE[family], kind), port=port)[0] == other.addresses[family]
+            assert who(pod.netns, at(NODE[family], kind), port=port)[0] == NODE[family]
+        assert who(other.netns, inside, port=5555)[0] == other.addresses[family]
+        assert who(node.netns, inside, port=5555)
+    for each in (pod, other):
+        node.delete_pod(each)
 
 
 def test_two_pods(node: Machine) -> None:
@@ -184,10 +207,11 @@ def test_del_ends_it(node: Machine) -> None:
 
 
 @families
+@pytest.mark.parametrize("limits", [UNLIMITED, LIMITED], ids=["unlimited", "limited"])
 @pytest.mark.parametrize("asker", ["world", "pod", "itself"])
-def test_bulk(node: Machine, pod: TestPod, family: int, asker: str) -> None:
+def test_bulk(node: Machine, family: int, asker: str, limits: Mapping[str, int]) -> None:
     """Megabytes arrive as they were sent, in both directions, whoever asks: in large (GSO) packets, too."""
-    other = node.make_pod("asking")
+    pod, other = publish(node, *BOTH, limits=limits), publish(node, limits=limits)
     place = {"world": node.world, "pod": other.netns, "itself": pod.netns}[asker]
     here = "0.0.0.0" if family == V4 else "::"  # noqa: S104
     data = hashlib.shake_128(asker.encode()).digest(20 << 20)
@@ -204,4 +228,5 @@ def test_bulk(node: Machine, pod: TestPod, family: int, asker: str) -> None:
                     received += receiver.recv(1 << 20)
                 thread.join()
                 assert received == data
-    node.delete_pod(other)
+    for each in (pod, other):
+        node.delete_pod(each)

@@ -40,7 +40,7 @@ SENT = {"fwd_local", "fwd_uplink", "fwd_shaped", "port_local"}
 DELIVERED = {"fwd_inbound", "masq_in", "port_in"}
 """Outcomes of what goes to a pod, past the host stack if nothing is odd about it."""
 
-CHANGED = SENT | DELIVERED | {"masq_out", "port_out"}
+CHANGED = SENT | DELIVERED | {"masq_out", "port_out", "port_shaped"}
 """Outcomes of what is not left as it was."""
 
 LARGEST = 3712

@@ -10,10 +10,12 @@ import pytest
 from scapy.all import UDP, Packet
 
 from agent.datapath.tables import outcomes
+from agent.datapath.testrun import SkBuff
 
 from .conftest import SOURCE
 from .harness import DROP, A, B, Ran, Rig, verdicts_of
 from .test_host_ports import CLIENT, HOST, OWN, publish
+from .test_host_ports_limited import CALL
 from .test_to_pod import EXAMPLES
 from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, delivered, from_pod, leaving, request
 
@@ -70,6 +72,11 @@ def limited(node: Node) -> None:
     node.alter_endpoints(A, shaper=0x7FFFFFFF)
 
 
+def completed(node: Node, packet: Packet) -> Ran:
+    """Run to_pod on what a limited pod has sent to a host port of another."""
+    return node.run_in(SkBuff(ifindex=node.indexes[B], mark=CALL), packet, program="to_pod")
+
+
 def nothing(_: Node) -> None:
     """Need nothing."""
 
@@ -92,6 +99,7 @@ WORLDLY: dict[str, Example] = {
     "masq_out": (nothing, OUT, leaving(4, A.ipv4) / UDP()),
     "port_in": (published, IN, arriving(4, NODE[4]) / UDP(dport=HOST)),
     "port_local": (published, UP, from_pod(4, A, NODE[4]) / UDP(dport=HOST)),
+    "port_shaped": (nothing, completed, delivered(4, B) / UDP()),
     "port_out": (called_by_port, OUT, leaving(4, B.ipv4) / answer("udp", 4, CLIENT, to_port=OWN)),
     "punt_fragment": (nothing, IN, arriving(4, NODE[4], **LATER) / bytes(8)),
     "punt_no_route": (nothing, UP, from_pod(4, A, UNREACHABLE[4]) / UDP()),
