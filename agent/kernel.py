@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from agent import netlink
 from agent.datapath import entries, tables
 from agent.datapath.loader import Datapath
+from agent.datapath.sockets import SocketHooks
 from agent.hooks import StagedHooks
 from agent.loop import Tables
 from agent.state import OtherProtocols
@@ -16,7 +17,7 @@ from agent.state import OtherProtocols
 log = logging.getLogger(__name__)
 
 
-def open_tables(datapath: Datapath, hooks: StagedHooks) -> Tables:
+def open_tables(datapath: Datapath, hooks: StagedHooks, bpffs: Path, node_cgroup: Path | None) -> Tables:
     """Return all tables of the loop; those in maps are of that datapath."""
     maps, constants = datapath.maps, datapath.constants
     lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
@@ -29,6 +30,7 @@ def open_tables(datapath: Datapath, hooks: StagedHooks) -> Tables:
         node_addresses=entries.AddressTable(maps["node_addresses"]),
         host_ports=entries.HostPortTable(maps["host_ports"]),
         hooks=hooks,
+        sockets=SocketHooks(datapath, bpffs, node_cgroup),
         uplinks=entries.UplinkTable(maps["uplinks"]),
         neighbours=netlink.NeighbourTable(),
         gateways=netlink.GatewayTable(),

@@ -153,7 +153,7 @@ def _make_loop(
     hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
     return Loop(
         store=store,
-        tables=kernel.open_tables(datapath, hooks),
+        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,

@@ -63,6 +63,7 @@ class Tables:
     node_addresses: Table[Address, int]
     host_ports: Table[HostPort, PodPort]
     hooks: Table[Hook, Attached]
+    sockets: Table[str, int]
     uplinks: Table[int, Sources]
     neighbours: Table[Neighbour, str]
     gateways: Table[Gateway, int]

@@ -22,6 +22,7 @@ _UPLINKS = 1 << 8
 _NODE_ADDRESSES = 1 << 14  # services have theirs on the node where kube-proxy uses IPVS
 _PREFIXES = 1 << 14
 _HOST_PORTS = 1 << 13
+_PEERS = 1 << 14  # sockets of the node's own, each with one peer
 
 
 def settings(masquerade: Masquerade) -> Settings:
@@ -106,6 +107,7 @@ def map_sizes(masquerade: Masquerade, memory: int) -> dict[str, int]:
         "uplinks": _UPLINKS,
         "node_addresses": _NODE_ADDRESSES,
         "host_ports": _HOST_PORTS,
+        "peers": _PEERS,
         "prefixes": _PREFIXES,
     }
 

@@ -45,6 +45,7 @@ _REPAIR_KINDS = (
     "queues",
     "routes",
     "settings",
+    "sockets",
     "subnets",
     "uplinks",
 )

@@ -37,6 +37,8 @@ class Outside:
     node_addresses: frozenset[Address] = frozenset()
     prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
     settings: Settings | None = None
+    sockets: Mapping[str, int] = field(default_factory=dict)
+    """As in `State`; nothing if the node has no cgroup2."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def _plan_outside(desired: State, outside: Outside) -> None:
         desired.settings[0] = outside.settings
     desired.prefixes.update(outside.prefixes)
     desired.node_addresses.update(dict.fromkeys(outside.node_addresses, 1))
+    desired.sockets.update(outside.sockets)
     for device, uplink in outside.uplinks.items():
         desired.uplinks[uplink.ifindex] = uplink.sources
         desired.hooks[Hook(device, "ingress")] = Attached(uplink.ifindex, "from_uplink")

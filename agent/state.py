@@ -172,6 +172,8 @@ class Settings:
     other: int
     other_protocols: OtherProtocols | str
     stack_routes: bool
+    netns: int = 0
+    """The node's network namespace, by the kernel's cookie; 0: the node's own processes reach no host ports."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,8 @@ class State:
     """A set, in effect: the values are 1."""
     host_ports: dict[HostPort, PodPort] = field(default_factory=dict)
     hooks: dict[Hook, Attached] = field(default_factory=dict)
+    sockets: dict[str, int] = field(default_factory=dict)
+    """By the call that a program sees, the number of the cgroup whose processes make it."""
     uplinks: dict[int, Sources] = field(default_factory=dict)
     """By interface index."""
     neighbours: dict[Neighbour, str] = field(default_factory=dict)

@@ -29,6 +29,7 @@
 #include "ports.h"
 #include "rewrite.h"
 #include "shaping.h"
+#include "sockets.h"
 #include "spoofing.h"
 #include "stack.h"
 #include "transport.h"
@@ -204,4 +205,46 @@ int from_uplink(struct __sk_buff *skb)
     if (packet.is_ipv6)
         bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
     return deliver(skb, &packet, pod, outcome);
+}
+
+/* What the node's own processes connect to, and what datagrams of unconnected sockets are for. */
+int connect4(struct bpf_sock_addr *ctx)
+{
+    return call_ipv4(ctx);
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+    return call_ipv6(ctx);
+}
+
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+    return call_ipv4(ctx);
+}
+
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+    return call_ipv6(ctx);
+}
+
+/* From whom they are told that a datagram comes, and to whom that they are connected. */
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+    return name_ipv4(ctx);
+}
+
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+    return name_ipv6(ctx);
+}
+
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+    return name_ipv4(ctx);
+}
+
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+    return name_ipv6(ctx);
 }

@@ -16,6 +16,20 @@
 #include "transport.h"
 
 /* Where a port of the node's leads: one of the very address before one of any. */
+static struct pod_port *leads_to(const struct host_port *meant)
+{
+    struct host_port key = *meant;
+    struct pod_port *found = host_ports.lookup(&key);
+
+    if (found)
+        return found;
+    if (!is_v4_mapped(&meant->address))
+        key.address.word[0] = key.address.word[1] = key.address.word[2] = 0;
+    key.address.word[3] = 0;
+    return host_ports.lookup(&key);
+}
+
+/* The same for a packet, if it is for the node. */
 static struct pod_port *find_host_port(const struct packet *packet, const struct transport *transport)
 {
     struct host_port key = {
@@ -23,17 +37,10 @@ static struct pod_port *find_host_port(const struct packet *packet, const struct
         .port = transport->tuple.destination_port,
         .protocol = transport->tuple.protocol,
     };
-    struct pod_port *found;
 
     if (!node_addresses.lookup(&key.address) || is_link_local(&packet->source) || is_link_local(&key.address))
         return 0; /* no pod can answer a link-local address: its link is another */
-    found = host_ports.lookup(&key);
-    if (found)
-        return found;
-    key.address.word[3] = 0;
-    if (packet->is_ipv6)
-        key.address.word[0] = key.address.word[1] = key.address.word[2] = 0;
-    return host_ports.lookup(&key);
+    return leads_to(&key);
 }
 
 /* Lets what a pod answers come from where its note says; false if it says nothing, or the packet cannot be changed. */

@@ -44,6 +44,14 @@ struct pod_port {
     __u8 reserved[2];
 };
 
+/* A pod's port as a socket of the node's sees it, by which the socket has called another. */
+struct peer {
+    __u64 socket; /* bpf_get_socket_cookie */
+    struct addr address;
+    __be16 port;
+    __u8 reserved[6];
+};
+
 /*
  * A flow as one of its packets shows it. For ICMP echo, the port of the side that asks is the identifier and the other
  * one is 0, so that a request and its reply are each other's reverse, and no reply can be taken for a request.
@@ -121,6 +129,7 @@ struct settings {
     __u32 other;           /* of other protocols */
     __u32 other_protocols; /* OTHER_* */
     __u32 stack_routes;    /* 1: what leaves the node goes through the host stack */
+    __u64 netns;           /* the node's network namespace: bpf_get_netns_cookie */
 };
 
 /* What becomes of pods' packets to the world that are neither TCP, UDP nor ICMP. */
@@ -223,6 +232,9 @@ BPF_TABLE("hash", struct addr, __u8, node_addresses, 1);
 
 /* Host ports. Written by the agent; never of a port from which pods are masqueraded. */
 BPF_TABLE("hash", struct host_port, struct pod_port, host_ports, 1);
+
+/* By which host port a socket of the node's has called a pod. */
+BPF_TABLE("lru_hash", struct peer, struct host_port, peers, 1);
 
 /* Destinations with lanes of their own: any of PREFIX_*, with those of shorter prefixes. Written by the agent. */
 #define PREFIX_NATIVE 1 /* never masqueraded: the cluster, nonMasqueradeCIDRs, link-local */

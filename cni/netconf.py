@@ -84,9 +84,6 @@ class PortMapping(JsonObject):
             address = ip_address(self.host_ip)
         except ValueError as error:
             raise CniError(Code.INVALID_NETWORK_CONFIG, "runtimeConfig.portMappings.hostIP", str(error)) from error
-        if address.is_loopback:
-            reason = "host ports are for others than the node itself"
-            raise _unsupported("runtimeConfig.portMappings.hostIP", self.host_ip, reason)
         if address.is_multicast or address.is_link_local or (address.version == 6 and address.ipv4_mapped):
             raise _unsupported("runtimeConfig.portMappings.hostIP", self.host_ip, "a pod cannot answer from there")
 

@@ -166,7 +166,7 @@ def test_a_conflict_is_refused(node: Machine, pod: TestPod) -> None:
     [
         (mapping(port=50000), 7, "host port 50000 is one of those for masquerading (49152-65535)"),
         (mapping("sctp"), 2, '"sctp"'),
-        (mapping(hostIP="127.0.0.1"), 2, '"127.0.0.1"'),
+        (mapping(hostIP="fe80::1"), 2, '"fe80::1"'),
         (mapping(hostIP="nowhere"), 7, "hostIP"),
     ],
 )

@@ -64,6 +64,7 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "node_addresses": (ip_address("192.0.2.1"), 0),
     "host_ports": (HostPort(ip_address("192.0.2.1"), 99, 6), PodPort(ip_address("192.0.2.1"), 99)),
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
+    "sockets": ("strange4", 1),
     "uplinks": (99, Sources()),
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "gateways": (Gateway(ip_address("192.0.2.1"), 99), 0),
@@ -84,6 +85,7 @@ LIMITS = Bandwidth(ingressRate=8000, ingressBurst=80000, egressRate=8000, egress
 
 
 OUTSIDE = Outside(
+    sockets={"connect4": 7, "connect6": 7},
     uplinks={f"eth{number}": Uplink(number + 2, Sources(IPv4Address(f"198.51.100.{number}"))) for number in (0, 1)},
     node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
     prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
@@ -206,6 +208,7 @@ class World:
             node_addresses=MemoryTable[Address, int]("node_addresses", self.journal),
             host_ports=MemoryTable[HostPort, PodPort]("host_ports", self.journal),
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
+            sockets=MemoryTable[str, int]("sockets", self.journal),
             uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             gateways=MemoryTable[Gateway, int]("gateways", self.journal),

@@ -62,6 +62,7 @@ def test_textbook_configuration_of_bridge() -> None:
         {"portIsolation": False, "disableContainerInterface": False},
         {"runtimeConfig": {"portMappings": [], "bandwidth": {}}},
         {"runtimeConfig": {"portMappings": [{"HostPort": 80, "ContainerPort": 8080, "Protocol": "TCP"}]}},
+        {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "127.0.0.1"}]}},
         {"runtimeConfig": {"bandwidth": {"ingressRate": 0, "ingressBurst": 4294967295}}},
         {"runtimeConfig": {"bandwidth": {"IngressRate": 8, "IngressBurst": 34359738359}}},
     ],
@@ -84,9 +85,9 @@ def test_what_is_served(keys: dict[str, object]) -> None:
             'unsupported field "runtimeConfig.portMappings.protocol": "SCTP"; its checksum covers the ports; allowed',
         ),
         (
-            {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "127.0.0.1"}]}},
+            {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "169.254.1.1"}]}},
             2,
-            'unsupported field "runtimeConfig.portMappings.hostIP": "127.0.0.1"; host ports are for others than',
+            'unsupported field "runtimeConfig.portMappings.hostIP": "169.254.1.1"; a pod cannot answer from there',
         ),
         (
             {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "10.0.0"}]}},
