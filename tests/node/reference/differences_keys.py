@@ -200,8 +200,8 @@ _RUNTIME_DNS = Difference(
 _PORTS = Difference(
     "`runtimeConfig.portMappings`",
     "without effect: portmap, if it is in the chain, reads them",
-    "host ports of podlane's own, but for the node itself: a port is one pod's (code 105); SCTP and loopback addresses "
-    "are refused (code 2), and so are the ports for masquerading (code 7)",
+    "host ports of podlane's own: a port is one pod's (code 105); SCTP is refused (code 2), and so are the ports for "
+    "masquerading (code 7)",
     "neither iptables nor conntrack; give `portMappings` as a capability to one of the two plugins",
 )
 _BANDWIDTH = Difference(
