@@ -73,6 +73,8 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
         return leave(skb, packet);
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
+    if (endpoint->shaper)
+        return leave_to_stack(skb, by_host_port);
     return deliver(skb, packet, endpoint, by_host_port ? OUTCOME(port_local) : OUTCOME(fwd_local));
 }
 
@@ -202,6 +204,8 @@ int from_uplink(struct __sk_buff *skb)
         return punt(skb, outcome);
     if (known && outcome == OUTCOME(fwd_inbound))
         note_direct(&transport);
+    if (pod->shaper) /* see leave_to_stack */
+        return punt(skb, outcome);
     if (packet.is_ipv6)
         bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
     return deliver(skb, &packet, pod, outcome);

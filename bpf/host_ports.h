@@ -151,8 +151,8 @@ static void forget_own_call(struct transport *transport)
 
 /*
  * What a pod sends to a host port of its own node, or answers from one: the mark that says which, or 0 if it is neither
- * and was not changed. `receiver` is whose address the destination is, if it is a pod's. What a limited pod sends keeps
- * its source for the time being (mark.h). Errors stay as they are: their way back has no other MTU.
+ * and was not changed. `receiver` is whose address the destination is, if it is a pod's. What a limited pod sends
+ * or gets keeps its source for the time being (mark.h). Errors stay as they are: their way back has no other MTU.
  */
 static __u32 translate_locally(struct __sk_buff *skb, struct packet *packet, const struct endpoint *receiver)
 {
@@ -170,7 +170,9 @@ static __u32 translate_locally(struct __sk_buff *skb, struct packet *packet, con
         if (receiver || !call_locally(skb, packet, &transport, &meant))
             return 0;
     }
-    if ((!packet->shaper && rewrite_source(skb, packet, &transport, &meant.source, meant.source_port)) ||
+    struct endpoint *next = endpoints.lookup(&meant.destination);
+    bool is_limited = packet->shaper || (next && next->shaper);
+    if ((!is_limited && rewrite_source(skb, packet, &transport, &meant.source, meant.source_port)) ||
         rewrite_destination(skb, packet, &transport, &meant.destination, meant.destination_port))
         return 0;
     packet->destination = meant.destination;

@@ -170,12 +170,13 @@ struct outcomes {
 
     struct counter port_in;     /* from_uplink: for a host port, given to its pod */
     struct counter port_local;  /* from_pod: the same between pods, in both directions */
-    struct counter port_shaped; /* to_pod: the same, sent by a limited pod */
+    struct counter port_shaped; /* to_pod: the same, from or to a limited pod */
     struct counter port_out;    /* to_uplink: a pod's answer, now the host port's */
 
     struct counter punt_arp;
     struct counter punt_fragment; /* from_uplink: a later one, and its first was for no pod */
     struct counter punt_host;
+    struct counter punt_limited; /* from_pod: for a limited pod, whose answers take the stack */
     struct counter punt_link_local;
     struct counter punt_malformed;
     struct counter punt_multicast;

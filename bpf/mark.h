@@ -10,8 +10,9 @@
 #define FAST_MARK 0x706c0000
 
 /*
- * Set on what a limited pod sends by a host port, and cleared at the receiver's host end, which puts the source in: on
- * the way through the queue and the stack it is still the pod's, since the stack takes no packet under the node's own.
+ * Set on what a limited pod sends or gets by a host port, and cleared at the receiver's host end, which puts the source
+ * in: on the way through the queue and the stack it is still the pod's, since the stack takes no packet under the
+ * node's own.
  */
 #define CALL_MARK   0x706c0001
 #define ANSWER_MARK 0x706c0002

@@ -20,3 +20,15 @@ static int shape(struct __sk_buff *skb, struct packet *packet, __u32 mark)
     count(skb, OUTCOME(fwd_shaped));
     return bpf_redirect(packet->shaper, 0);
 }
+
+/*
+ * For what a limited pod is to get from another: what it answers takes the stack, whose conntrack must have seen what
+ * it answers to, or else calls it invalid, which many nodes' firewalls (kube-proxy's rules) drop.
+ */
+static int leave_to_stack(struct __sk_buff *skb, __u32 mark)
+{
+    if (!mark)
+        return punt(skb, OUTCOME(punt_limited));
+    skb->mark = mark;
+    return punt(skb, OUTCOME(port_local));
+}

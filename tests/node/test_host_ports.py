@@ -129,6 +129,39 @@ def test_limited_pods(
         node.delete_pod(each)
 
 
+@pytest.fixture
+def strict(node: Machine) -> Iterator[None]:
+    """Let the node's firewall drop what conntrack calls invalid, as kube-proxy's rules do."""
+    rule = ("FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+    for command in ("iptables", "ip6tables"):
+        node.netns.run(command, "-A", *rule)
+    yield
+    for command in ("iptables", "ip6tables"):
+        node.netns.run(command, "-D", *rule)
+
+
+@families
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(("theirs", "ours"), [(LIMITED, UNLIMITED), (UNLIMITED, LIMITED)])
+def test_limited_pods_and_conntrack(
+    node: Machine, family: int, theirs: Mapping[str, int], ours: Mapping[str, int]
+) -> None:
+    """What goes through the stack for the sake of a limit does so both ways: no packet is invalid to conntrack."""
+    pod, other = publish(node, *BOTH, limits=theirs), publish(node, limits=ours)
+    with server(pod.netns, TCP, pod.addresses[family], OWN) as inside:
+        by_port = at(NODE[family], TCP)
+        for asker, place in (
+            (node.world, by_port),
+            (other.netns, by_port),
+            (other.netns, inside),
+            (pod.netns, by_port),
+        ):
+            with client(asker, place) as it:
+                assert it.ask() == it.ask()
+    for each in (pod, other):
+        node.delete_pod(each)
+
+
 def test_two_pods(node: Machine) -> None:
     """Two pods have ports of their own, and the same one at two addresses of the node's: each hears what is its own."""
     node.netns.run("ip", "address", "add", "192.0.2.11/24", "dev", "uplink")

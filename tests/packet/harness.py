@@ -34,10 +34,10 @@ from ..support import ip
 
 PASS, DROP, REDIRECT = -1, 2, 7  # TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT
 
-SENT = {"fwd_local", "fwd_uplink", "fwd_shaped", "port_local"}
+SENT = {"fwd_local", "fwd_uplink", "fwd_shaped"}
 """Outcomes of what goes past the host stack."""
 
-DELIVERED = {"fwd_inbound", "masq_in", "port_in"}
+DELIVERED = {"fwd_inbound", "masq_in", "port_in", "port_local"}
 """Outcomes of what goes to a pod, past the host stack if nothing is odd about it."""
 
 CHANGED = SENT | DELIVERED | {"masq_out", "port_out", "port_shaped"}

@@ -38,9 +38,16 @@ def arrive(node: Node, waited: bytes, pod: Pod, mark: int) -> Ran:
     return ran
 
 
+def answered(kind: str, family: int) -> bytes:
+    """Return what A is to see of the answer of B's."""
+    seen = from_pod(family, B, address_of(A, family)) / answer(kind, family, CLIENT, to_port=HOST)
+    seen.payload.src = NODE[family]
+    return built(seen)
+
+
 @WITH_SOCKETS
 def test_a_limited_pod_calls(node: Node, kind: str, family: int) -> None:
-    """Its call waits with the serving pod as destination, arrives so, and the answer needs no stack."""
+    """Its call waits with the serving pod as destination, arrives so, and the answer takes the same way back."""
     publish(node, kind, family, pod=B)
     node.alter_endpoints(A, shaper=SHAPER)
     called = from_pod(family, A, NODE[family]) / request(kind, family, CLIENT, to_port=HOST)
@@ -50,7 +57,10 @@ def test_a_limited_pod_calls(node: Node, kind: str, family: int) -> None:
     assert (came.outcome, came.packet) == ("port_shaped", meant)
     assert node.entries("stack_flows") == {}
     replied = from_pod(family, B, address_of(A, family)) / answer(kind, family, CLIENT, to_port=OWN)
-    assert node.leave(replied, pod=B).outcome == "port_local"
+    left = node.leave(replied, pod=B)
+    assert (left.outcome, left.verdict, left.mark, left.packet) == ("port_local", PASS, ANSWER, built(replied))
+    came = arrive(node, left.packet, A, ANSWER)
+    assert came.packet == answered(kind, family)
 
 
 @WITH_SOCKETS
@@ -58,13 +68,15 @@ def test_a_limited_pod_answers(node: Node, kind: str, family: int) -> None:
     """Its answer waits under its own address, and arrives from the node's port."""
     publish(node, kind, family, pod=B)
     node.alter_endpoints(B, shaper=SHAPER)
-    node.leave(from_pod(family, A, NODE[family]) / request(kind, family, CLIENT, to_port=HOST))
+    called = node.leave(from_pod(family, A, NODE[family]) / request(kind, family, CLIENT, to_port=HOST))
+    assert (called.outcome, called.verdict, called.mark) == ("port_local", PASS, CALL)
+    assert called.packet == built(
+        from_pod(family, A, address_of(B, family)) / request(kind, family, CLIENT, to_port=OWN)
+    )
     replied = from_pod(family, B, address_of(A, family)) / answer(kind, family, CLIENT, to_port=OWN)
     assert wait(node, replied, B, ANSWER) == built(replied)
-    seen = from_pod(family, B, address_of(A, family)) / answer(kind, family, CLIENT, to_port=HOST)
-    seen.payload.src = NODE[family]
     came = arrive(node, built(replied), A, ANSWER)
-    assert (came.outcome, came.packet) == ("port_shaped", built(seen))
+    assert (came.outcome, came.packet) == ("port_shaped", answered(kind, family))
 
 
 @WITH_SOCKETS

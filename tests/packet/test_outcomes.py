@@ -102,6 +102,7 @@ WORLDLY: dict[str, Example] = {
     "port_shaped": (nothing, completed, delivered(4, B) / UDP()),
     "port_out": (called_by_port, OUT, leaving(4, B.ipv4) / answer("udp", 4, CLIENT, to_port=OWN)),
     "punt_fragment": (nothing, IN, arriving(4, NODE[4], **LATER) / bytes(8)),
+    "punt_limited": (lambda node: node.alter_endpoints(B, shaper=7), UP, from_pod(4, A, B.ipv4) / UDP()),
     "punt_no_route": (nothing, UP, from_pod(4, A, UNREACHABLE[4]) / UDP()),
     "punt_reply": (brought, UP, from_pod(4) / answer("udp", 4, 5000)),
     "punt_too_big": (nothing, UP, from_pod(4) / UDP() / bytes(1500)),
