@@ -39,6 +39,7 @@ _REPAIR_KINDS = (
     "endpoints",
     "gateways",
     "hooks",
+    "host_ports",
     "neighbours",
     "node_addresses",
     "prefixes",
