@@ -7,8 +7,9 @@ not among the last ones released, in the order of the pool's ring, then the one 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
-from agent.pods import IS, Pod, key
+from agent.pods import IS, Pod, Published, key
 from agent.ranges import Addresses, Pool, RangeExhausted, exhaustion, next_free
 from agent.schema import pack, unpack
 from agent.state import Address
@@ -21,6 +22,10 @@ class AddressTaken(Exception):
     """An address is in use; the message says by whom."""
 
 
+class HostPortTaken(Exception):
+    """A host port is in use; the message says by whom."""
+
+
 def hold(db: sqlite3.Connection, device: str, position: int, address: Address) -> None:
     """Note that an attachment has an address. Raises AddressTaken."""
     try:
@@ -28,6 +33,23 @@ def hold(db: sqlite3.Connection, device: str, position: int, address: Address) -
     except sqlite3.IntegrityError as error:
         raise AddressTaken(f"{address} is in use by {holder(db, address)}") from error
     db.execute("DELETE FROM former WHERE address = ?", (pack(address),))
+
+
+def publish(db: sqlite3.Connection, device: str, published: Published) -> None:
+    """Give an attachment a host port. Raises HostPortTaken; who has it at any address has it at each."""
+    at = published.at
+    others = db.execute(
+        "SELECT address, network, container_id, ifname, pod_name FROM host_port JOIN attachment USING (device)"
+        " WHERE port = ? AND protocol = ? AND device <> ?",
+        (at.port, at.protocol, device),
+    )
+    for packed, *who in others:
+        address = unpack(packed)
+        is_any = address.is_unspecified or at.address.is_unspecified
+        if address == at.address or (is_any and address.version == at.address.version):
+            raise HostPortTaken(f"host port {at} is in use by {_named(who)}")
+    row = (pack(at.address), at.port, at.protocol, published.port, device)
+    db.execute("INSERT INTO host_port VALUES (?, ?, ?, ?, ?)", row)
 
 
 def take_requested(db: sqlite3.Connection, pool: Pool, address: Address, device: str, position: int) -> Address:
@@ -88,9 +110,12 @@ def holder(db: sqlite3.Connection, address: Address) -> str:
         "SELECT network, container_id, ifname, pod_name FROM attachment JOIN address USING (device) WHERE address = ?",
         (pack(address),),
     ).fetchone()
-    if row is None:
-        return "nobody"
-    return str(Attachment(*row[:3])) + (f" (pod {row[3]})" if row[3] else "")
+    return "nobody" if row is None else _named(row)
+
+
+def _named(row: Sequence[str]) -> str:
+    *attachment, pod_name = row
+    return str(Attachment(*attachment)) + (f" (pod {pod_name})" if pod_name else "")
 
 
 def used(db: sqlite3.Connection, first: Address, last: Address) -> Addresses:

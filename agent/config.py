@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from agent.ranges import Range
+from agent.ranges import Range, fits_no_pod
 from agent.state import Network, OtherProtocols
 from cni.document import explain
 
@@ -73,7 +73,9 @@ class Subnet(_Model):
 
     @model_validator(mode="after")
     def _is_usable(self) -> Subnet:
-        self.range()
+        its = self.range()
+        if fits_no_pod(its.first) or fits_no_pod(its.last):
+            raise ValueError(f"no pod can have an address of {its}")
         return self
 
     def range(self) -> Range:

@@ -34,7 +34,10 @@ def install_conflist(directory: Path, network: str) -> None:
         "cniVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"],
         "name": network,
         "plugins": [
-            {"type": "podlane", "capabilities": {"ips": True, "mac": True, "ipRanges": True, "bandwidth": True}}
+            {
+                "type": "podlane",
+                "capabilities": {"ips": True, "mac": True, "ipRanges": True, "portMappings": True, "bandwidth": True},
+            }
         ],
     }
     _put(directory / _CONFLIST, json.dumps(conflist, indent=2).encode() + b"\n", 0o644)

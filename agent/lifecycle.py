@@ -11,24 +11,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import NoReturn
 
-from agent import masquerade, netlink, supply
+from agent import kernel, masquerade, netlink, supply
 from agent.collector import Collector
 from agent.config import Config, Paths
-from agent.datapath import cache, entries, loader, tables
+from agent.datapath import cache, loader, tables
 from agent.datapath.source import CompileError
 from agent.gc import SelfGc
-from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
-from agent.loop import Loop, Tables
+from agent.loop import Loop
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
 from agent.pods import shaper_of
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
 from agent.spool import Spool
-from agent.state import KernelError, OtherProtocols
+from agent.state import KernelError
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
 from agent.sysctls import Sysctls
@@ -131,9 +130,16 @@ def _start(
     wiring = Wiring()
     loop = _make_loop(config, datapath, store, wiring, surroundings, sysctls, metrics)
     readiness.trouble = loop.trouble
-    node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.mtu, readiness=readiness)
+    node = Node(
+        store=store,
+        wiring=wiring,
+        loop=loop,
+        mtu=surroundings.mtu,
+        readiness=readiness,
+        masqueraded_ports=masquerade.ports(config.masquerade),
+    )
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
-    metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
+    metrics.watch(lambda: tables.outcomes(datapath), store.usage, store.pods)
     _delete_strays(store, metrics)
     with _timed("attach", metrics):
         loop.start()
@@ -157,10 +163,10 @@ def _make_loop(
     sysctls: Sysctls,
     metrics: Metrics,
 ) -> Loop:
-    hooks = _hooks(config, datapath)
+    hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
     return Loop(
         store=store,
-        tables=_tables(datapath, hooks),
+        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,
@@ -182,25 +188,6 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
         )
 
 
-def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
-    maps, constants = datapath.maps, datapath.constants
-    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
-    other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
-    return Tables(
-        queues=netlink.QueueTable(),
-        endpoints=entries.EndpointTable(maps["endpoints"]),
-        settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
-        prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
-        node_addresses=entries.AddressTable(maps["node_addresses"]),
-        hooks=hooks,
-        uplinks=entries.UplinkTable(maps["uplinks"]),
-        neighbours=netlink.NeighbourTable(),
-        gateways=netlink.GatewayTable(),
-        routes=netlink.RouteTable(),
-        subnets=netlink.SubnetTable(),
-    )
-
-
 def _collect_flows(
     config: Config, datapath: loader.Datapath, surroundings: Surroundings, metrics: Metrics, cleanup: ExitStack
 ) -> None:
@@ -216,18 +203,6 @@ def _collect_flows(
     )
     collector.start()
     cleanup.callback(collector.stop)
-
-
-def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
-    """Return the way to attach programs. See `agent.hooks` for why new ones begin as filters."""
-    has_tcx = tables.tcx_supported() if config.hooks == "auto" else config.hooks == "tcx"
-    log.info("attaching by hooks=%s", "tcx" if has_tcx else "clsact")
-    tcx = tables.TcxHooks(datapath, config.paths.bpffs)
-    clsact = netlink.ClsactHooks(datapath.programs, datapath.program_ids)
-    if not has_tcx:
-        return StagedHooks(first=clsact, final=clsact, other=tcx)
-    first = tcx if config.hooks == "tcx" else clsact
-    return StagedHooks(first=first, final=tcx, other=clsact, patient=("from_uplink", "to_uplink"))
 
 
 def _delete_strays(store: Store, metrics: Metrics) -> None:

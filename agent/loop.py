@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -25,18 +25,20 @@ from agent.state import (
     Endpoint,
     Gateway,
     Hook,
+    HostPort,
     HostRoute,
     KernelError,
     Lanes,
     Neighbour,
     Network,
+    PodPort,
     Queue,
     Settings,
     Sources,
     State,
     Table,
 )
-from agent.store import Phase, Pod, Store
+from agent.store import AddressTaken, Phase, Pod, Store
 from agent.upkeep import Devices, Upkeep
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,9 @@ class Tables:
     settings: Table[int, Settings]
     prefixes: Table[Network, Lanes]
     node_addresses: Table[Address, int]
+    host_ports: Table[HostPort, PodPort]
     hooks: Table[Hook, Attached]
+    sockets: Table[str, int]
     uplinks: Table[int, Sources]
     neighbours: Table[Neighbour, str]
     gateways: Table[Gateway, int]
@@ -166,6 +170,11 @@ class Loop:
                 raise TimeoutError(f"the kernel was not brought up to date within {timeout:g} s")
             if self._trouble:
                 raise KernelError(f"the kernel cannot be brought up to date: {self._trouble}")
+
+    def refuse_own(self, addresses: Iterable[Address]) -> None:
+        """Raise AddressTaken for one that the node has itself: its traffic from outside would all be the pod's."""
+        for address in self._outside.node_addresses.intersection(addresses):
+            raise AddressTaken(f"{address} is in use by the node itself")
 
     def check(self, pod: Pod) -> None:
         """Raise KernelError unless all that the pod needs is in force, as far as the last pass knows."""

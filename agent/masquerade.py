@@ -21,6 +21,8 @@ _FRAGMENTS = 1 << 13  # datagrams under way at a time
 _UPLINKS = 1 << 8
 _NODE_ADDRESSES = 1 << 14  # services have theirs on the node where kube-proxy uses IPVS
 _PREFIXES = 1 << 14
+_HOST_PORTS = 1 << 13
+_PEERS = 1 << 14  # sockets of the node's own, each with one peer
 
 
 def settings(masquerade: Masquerade) -> Settings:
@@ -72,6 +74,11 @@ def lanes(*, native: Iterable[Network], stack: Iterable[Network]) -> dict[Networ
     return {each: Lanes(native=_is_covered(each, native), stack=_is_covered(each, stack)) for each in every}
 
 
+def ports(masquerade: Masquerade) -> range:
+    """Return the ports from which pods are masqueraded."""
+    return range(masquerade.first_port, masquerade.last_port + 1) if masquerade.enabled else range(0)
+
+
 def flow_limit(masquerade: Masquerade, memory: int) -> int:
     """Return how many flows there may be on a node of so much memory, in bytes.
 
@@ -99,6 +106,8 @@ def map_sizes(masquerade: Masquerade, memory: int) -> dict[str, int]:
         "fragments": _FRAGMENTS,
         "uplinks": _UPLINKS,
         "node_addresses": _NODE_ADDRESSES,
+        "host_ports": _HOST_PORTS,
+        "peers": _PEERS,
         "prefixes": _PREFIXES,
     }
 

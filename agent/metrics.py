@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -29,22 +30,25 @@ from agent.gc import Reason
 from agent.node import Readiness
 from agent.ranges import Range
 from agent.state import KernelError, Uplink
-from agent.store import StoreError
+from agent.store import Pod, StoreError
 
 # ADD takes some milliseconds; what matters is when it does not.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_CONNECTIONS = 64  # at a time, of scrapers and probes
 _COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS")
 _REPAIR_KINDS = (
     "devices",
     "endpoints",
     "gateways",
     "hooks",
+    "host_ports",
     "neighbours",
     "node_addresses",
     "prefixes",
     "queues",
     "routes",
     "settings",
+    "sockets",
     "subnets",
     "sysctls",
     "uplinks",
@@ -52,6 +56,7 @@ _REPAIR_KINDS = (
 
 Outcomes = Callable[[], Mapping[str, tuple[int, int]]]
 """Returns packets and bytes by outcome."""
+Pods = Callable[[], Sequence[Pod]]
 
 
 class Metrics:
@@ -117,7 +122,7 @@ class Metrics:
         """Read at every scrape whether ADD can be served, as the probe does."""
         self._ready.set_function(lambda: not readiness.reason)
 
-    def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]) -> None:
+    def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Pods) -> None:
         """Read these at every scrape, rather than keep copies of them."""
         self.registry.register(_Scraped(outcomes, usage, pods))
 
@@ -129,9 +134,7 @@ class Metrics:
 
 
 class _Scraped(Collector):
-    def __init__(
-        self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]
-    ) -> None:
+    def __init__(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Pods) -> None:
         self._outcomes = outcomes
         self._usage = usage
         self._pods = pods
@@ -150,7 +153,9 @@ class _Scraped(Collector):
             packets.add_metric([name], packet_count)
             size.add_metric([name], byte_count)
         yield from (packets, size)
-        yield GaugeMetricFamily("podlane_pods", "Attachments that have addresses.", value=self._pods())
+        pods = self._pods()
+        yield GaugeMetricFamily("podlane_pods", "Attachments that have addresses.", value=len(pods))
+        yield _pod_info(pods)
         yield from self._addresses()
 
     def _addresses(self) -> Iterator[Metric]:
@@ -160,6 +165,17 @@ class _Scraped(Collector):
             used.add_metric([str(each.subnet)], count)
             free.add_metric([str(each.subnet)], each.size - count)
         yield from (used, free)
+
+
+def _pod_info(pods: Sequence[Pod]) -> Metric:
+    """Return whose each device is: Kubernetes' names, where the runtime told them, to join with other metrics."""
+    labels = ["namespace", "pod", "network", "container", "interface", "device"]
+    info = GaugeMetricFamily("podlane_pod_info", "Always 1: an attachment, and its device on the node.", labels=labels)
+    for pod in pods:
+        namespace, _, name = pod.pod_name.rpartition("/")
+        its = pod.attachment
+        info.add_metric([namespace, name, its.network, its.container_id, its.ifname, pod.device], 1)
+    return info
 
 
 class _Masquerade(Collector):
@@ -241,7 +257,26 @@ def _protocol(number: int) -> str:
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    """Serves some at a time; one more is hung up on, for any process of the node's may open connections."""
+
     daemon_threads = True
+    request_queue_size = 128  # those that come at once; the default of 5 makes others wait for a second
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # as the base class has it
+        self._room = threading.BoundedSemaphore(_CONNECTIONS)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # not HTTPServer's: that asks DNS for this host's name, which may take for ever
@@ -254,6 +289,8 @@ class _IPv6Server(_ThreadingServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
+    timeout = 5.0  # seconds to wait for the request
+
     def log_message(self, format: str, *args: object) -> None:  # the base class's name
         """Scrapes are not news."""
 

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_interface
 
-from agent import check, netlink, podroutes, supply
+from agent import check, host_ports, netlink, podroutes, supply
+from agent.config import IPV6_MIN_MTU
 from agent.loop import Loop
 from agent.readiness import Readiness
 from agent.store import Netns, Origin, Phase, Pod, Store, StoreError
 from agent.translated import translated
 from agent.wiring import GATEWAYS, HOST_MAC, Wiring, device_name, netns_id, pod_mac
 from cni.call import Attachment, Call
-from cni.delegate import Refusal
+from cni.delegate import Delegate, Refusal
 from cni.errors import CniError, Code
 from cni.result import Dns, Interface, Ip, Result, Route
 from cni.wire import Request
@@ -34,14 +35,25 @@ class Node:
     """Implements `cni.commands.Node`. Thread-safe."""
 
     def __init__(
-        self, *, store: Store, wiring: Wiring, loop: Loop, mtu: Callable[[], int], readiness: Readiness
+        self,
+        *,
+        store: Store,
+        wiring: Wiring,
+        loop: Loop,
+        mtu: Callable[[], int],
+        readiness: Readiness,
+        masqueraded_ports: range = range(0),
     ) -> None:
-        """`mtu` tells that of a new pod, in bytes, where its network says nothing; it may raise KernelError."""
+        """`mtu` tells that of a new pod, in bytes, where its network says nothing; it may raise KernelError.
+
+        None of the `masqueraded_ports` can be a host port.
+        """
         self._store = store
         self._wiring = wiring
         self._loop = loop
         self._mtu = mtu
         self._readiness = readiness
+        self._masqueraded_ports = masqueraded_ports
         self._turns = threading.Condition()
         self._at_work: set[Attachment] = set()
 
@@ -72,11 +84,12 @@ class Node:
         """See `cni.commands.Node`.
 
         Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved, 100 for a
-        second ADD, 101 for no free address, 105 for an address or MAC that another pod has.
+        second ADD, 101 for no free address, 105 for an address, MAC or host port that another pod has.
         """
         if self._readiness.unproved:
             raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
         source = supply.of(call)
+        published = host_ports.read(call.config.runtime_config.port_mappings, self._masqueraded_ports)
         _check_netns(netns, call)
         with translated():
             pod = self._store.reserve(
@@ -92,6 +105,7 @@ class Node:
                 masquerade=call.config.masquerade,
                 limits=call.config.runtime_config.bandwidth,
                 origin=_origin(request),
+                published=published,
             )
             if call.requested_mac:
                 self._refuse_shared_mac(pod)  # now that the row is there: two calls at a time cannot miss each other
@@ -111,15 +125,18 @@ class Node:
             raise CniError(Code.ADDRESS_TAKEN, f"MAC address {pod.mac} is in use by {', '.join(holders)}")
 
     def connect(self, call: Call, request: Request, netns: int) -> Result:
-        """See `cni.commands.Node`. Code 102 when the kernel refuses, 11 when it takes too long."""
+        """See `cni.commands.Node`. Codes: 102 when the kernel refuses, 11 when it takes too long, 105."""
         pod, source = self._known(call.attachment), supply.of(call)
         given = self._leased(pod, source, call, request)
         pod = self._noted(pod, given, call)
+        _check_mtu(pod)
+        host_ports.check_families(pod)
         routes = None
         if given is not None:
             default = call.config.is_default_gateway
             routes = podroutes.pod_routes(given, GATEWAYS, is_default_gateway=default)
         with translated():
+            self._loop.refuse_own(pod.addresses)
             self._wiring.create(pod, netns)
             self._loop.sync(_ADD_SECONDS)
             self._loop.check(pod)
@@ -176,10 +193,12 @@ class Node:
     def check(self, call: Call, request: Request, netns: int, prev: Result) -> None:
         """See `cni.commands.Node`. Codes 8, 102 and 103, and those of a delegate."""
         _check_netns(netns, call)
-        if delegate := supply.of(call).delegate:
-            delegate.check(request.env, request.stdin)
         with translated():
             pod = self._store.get(call.attachment)
+        if delegate := supply.of(call).delegate:
+            stdin = supply.as_given(call, request.stdin, prev, pod) if pod else request.stdin
+            delegate.check(request.env, stdin)
+        with translated():
             is_active = pod is not None and pod.phase is Phase.ACTIVE
             if pod is not None and is_active and check.has_new_mac(pod, netns):
                 self._loop.sync(_ADD_SECONDS, full=True)  # a plugin after podlane may have changed it a moment ago
@@ -230,7 +249,7 @@ class Node:
         if reason:
             raise CniError(Code.NOT_AVAILABLE, "podlane cannot serve ADD now", reason)
         if source.delegate:
-            source.delegate.status(request.env, request.stdin)
+            _ask(source.delegate, request)
 
     def _known(self, attachment: Attachment) -> Pod:
         with translated():
@@ -240,6 +259,16 @@ class Node:
         return pod
 
 
+def _ask(delegate: Delegate, request: Request) -> None:
+    """Ask a delegate for its STATUS; one that has no say says 50. What it does say comes out as it is."""
+    try:
+        delegate.status(request.env, request.stdin)
+    except CniError as error:
+        if error.code != Code.DELEGATE_FAILED:
+            raise
+        raise CniError(Code.NOT_AVAILABLE, error.message, error.details) from error
+
+
 def _deleted(attachment: Attachment) -> CniError:
     return CniError(Code.TRY_AGAIN_LATER, "the attachment was deleted while it was being made", str(attachment))
 
@@ -247,6 +276,12 @@ def _deleted(attachment: Attachment) -> CniError:
 def _check_netns(netns: int, call: Call) -> None:
     if not netlink.is_netns(netns):
         raise CniError(Code.INVALID_NETNS, "CNI_NETNS is not a network namespace", call.netns_path)
+
+
+def _check_mtu(pod: Pod) -> None:
+    """Refuse what the kernel has no IPv6 for (RFC 8200 section 5), in other words than its own."""
+    if pod.mtu < IPV6_MIN_MTU and any(address.version == 6 for address in pod.addresses):
+        raise CniError(Code.INVALID_NETWORK_CONFIG, f"mtu {pod.mtu}: IPv6 needs {IPV6_MIN_MTU} at least")
 
 
 def _pod_name(call: Call) -> str:

@@ -18,6 +18,7 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PodPort,
     Queue,
     Settings,
     State,
@@ -40,6 +41,8 @@ class Outside:
     prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
     settings: Settings | None = None
     mtu: int = 0
+    sockets: Mapping[str, int] = field(default_factory=dict)
+    """As in `State`; nothing if the node has no cgroup2."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def _plan_outside(desired: State, outside: Outside) -> None:
         desired.settings[0] = outside.settings
     desired.prefixes.update(outside.prefixes)
     desired.node_addresses.update(dict.fromkeys(outside.node_addresses, 1))
+    desired.sockets.update(outside.sockets)
     for device, uplink in outside.uplinks.items():
         desired.uplinks[uplink.ifindex] = uplink.sources
         desired.hooks[Hook(device, "ingress")] = Attached(uplink.ifindex, "from_uplink")
@@ -137,7 +141,12 @@ def _plan_addresses(desired: State, pod: Pod, ifindex: int, inside: Inside, shap
         network=_network_number(pod),
         shaper=shaper,
         queued=bool(pod.limits.ingress_rate) or ifindex in inside.queued,
+        serves=bool(pod.published),
     )
+    first = {address.version: address for address in reversed(pod.addresses)}
+    for each in pod.published:
+        if address := first.get(each.at.address.version):
+            desired.host_ports[each.at] = PodPort(address, each.port)
     for address in pod.addresses:
         gateway = next((each.gateway for each in subnets if address in each.network), None)
         desired.endpoints[address] = endpoint

@@ -71,7 +71,7 @@ def subnets(given: Result, *, with_gateway: bool) -> tuple[Subnet, ...]:
         gateway = ip.gateway or (network[1] if network.num_addresses > 1 else None)
         if gateway is None or not with_gateway or gateway == ip.address.ip or not _can_be_assigned(gateway):
             gateway = None
-        found.setdefault(network, Subnet(network, gateway))
+        found.setdefault(network, Subnet(network, gateway, named=ip.gateway))
     return tuple(found.values())
 
 

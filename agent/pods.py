@@ -11,7 +11,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 from agent.schema import unpack
-from agent.state import Address, Network
+from agent.state import Address, HostPort, Network
 from cni.call import Attachment
 from cni.netconf import Bandwidth
 
@@ -20,13 +20,14 @@ IS = "network = ? AND container_id = ? AND ifname = ?"
 
 NO_LIMITS = Bandwidth()
 
-Row = tuple[tuple[Any, ...], tuple[bytes, ...]]
-"""A pod as the tables have it: its columns, and its addresses in order."""
+Row = tuple[tuple[Any, ...], tuple[bytes, ...], tuple[tuple[Any, ...], ...]]
+"""A pod as the tables have it: its columns, its addresses in order, and its host ports."""
 
 _COLUMNS = (
     "network, container_id, ifname, phase, device, mac, mtu, netns_path, netns_id, boot_id,"
     " pod_name, masquerade, environment, stdin, routes, subnets, limits"
 )
+_HOST_PORT = "address, port, protocol, pod_port"
 
 
 class Phase(StrEnum):
@@ -56,10 +57,22 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Subnet:
-    """What an address is of, by its IPAM. `gateway` is the node's own address there; None if that is not the node's."""
+    """What an address is of, by its IPAM. `gateway` is the node's own address there; None if that is not the node's.
+
+    `named` is the gateway that IPAM named, if any, whoever has it.
+    """
 
     network: Network
     gateway: Address | None = None
+    named: Address | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A host port, and the pod's port that it leads to."""
+
+    at: HostPort
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,7 @@ class Pod:
     routes: str = ""
     subnets: tuple[Subnet, ...] = ()
     limits: Bandwidth = NO_LIMITS
+    published: tuple[Published, ...] = ()
 
 
 def shaper_of(device: str) -> str:
@@ -99,7 +113,7 @@ def key(attachment: Attachment) -> tuple[str, str, str]:
 
 
 def insert(db: sqlite3.Connection, pod: Pod) -> None:
-    """Make a pod's row; its addresses are not part of it. Raises sqlite3.IntegrityError if it exists."""
+    """Make a pod's row; its addresses and host ports are not part of it. Raises sqlite3.IntegrityError if it exists."""
     row = (
         *key(pod.attachment),
         pod.phase,
@@ -126,7 +140,8 @@ def find(db: sqlite3.Connection, attachment: Attachment) -> Pod | None:
     if row is None:
         return None
     addresses = db.execute("SELECT address FROM address WHERE device = ? ORDER BY position", (row[4],))
-    return _pod(row, (address for (address,) in addresses))
+    published = db.execute(f"SELECT {_HOST_PORT} FROM host_port WHERE device = ?", (row[4],))  # noqa: S608
+    return _pod(row, (address for (address,) in addresses), published)
 
 
 def find_all(db: sqlite3.Connection, known: Mapping[Row, Pod]) -> dict[Row, Pod]:
@@ -135,11 +150,14 @@ def find_all(db: sqlite3.Connection, known: Mapping[Row, Pod]) -> dict[Row, Pod]
     addresses: dict[str, tuple[bytes, ...]] = {}
     for device, address in db.execute("SELECT device, address FROM address ORDER BY position"):
         addresses[device] = (*addresses.get(device, ()), address)
-    rows = [(each, addresses.get(each[4], ())) for each in attachments]
+    published: dict[str, tuple[tuple[Any, ...], ...]] = {}
+    for device, *host_port in db.execute(f"SELECT device, {_HOST_PORT} FROM host_port"):  # noqa: S608
+        published[device] = (*published.get(device, ()), tuple(host_port))
+    rows = [(each, addresses.get(each[4], ()), published.get(each[4], ())) for each in attachments]
     return {row: known.get(row) or _pod(*row) for row in rows}
 
 
-def _pod(row: tuple[Any, ...], addresses: Iterable[bytes]) -> Pod:
+def _pod(row: tuple[Any, ...], addresses: Iterable[bytes], published: Iterable[tuple[Any, ...]]) -> Pod:
     return Pod(
         attachment=Attachment(*row[:3]),
         phase=Phase(row[3]),
@@ -155,15 +173,21 @@ def _pod(row: tuple[Any, ...], addresses: Iterable[bytes]) -> Pod:
         subnets=_decode_subnets(row[15]),
         limits=Bandwidth.model_validate_json(row[16]) if row[16] else NO_LIMITS,
         addresses=tuple(unpack(address) for address in addresses),
+        published=tuple(
+            Published(HostPort(unpack(address), port, protocol), pod_port)
+            for address, port, protocol, pod_port in published
+        ),
     )
 
 
 def encode_subnets(subnets: Iterable[Subnet]) -> str:
     """Return subnets as a row has them."""
-    return json.dumps([(str(each.network), str(each.gateway or "")) for each in subnets])
+    return json.dumps([(str(each.network), str(each.gateway or ""), str(each.named or "")) for each in subnets])
 
 
 def _decode_subnets(text: str) -> tuple[Subnet, ...]:
+    """Read subnets; those of older rows have no named gateway."""
     return tuple(
-        Subnet(ip_network(network), ip_address(gateway) if gateway else None) for network, gateway in json.loads(text)
+        Subnet(ip_network(network), *(ip_address(each) if each else None for each in gateways))
+        for network, *gateways in json.loads(text)
     )

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from ipaddress import IPv6Address
 from typing import Protocol
 
 from agent.state import Address, Network
@@ -28,6 +29,15 @@ Used = Callable[[Address, Address], Addresses]
 
 Span = tuple[Address, Address]
 """First and last address of an interval, both included."""
+
+
+def fits_no_pod(address: Address) -> bool:
+    """Say whether an address is of a kind that no pod can have.
+
+    Nobody routes to those; and an IPv6 address that carries one of IPv4 would pass for it in the datapath's maps.
+    """
+    special = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local
+    return special or (isinstance(address, IPv6Address) and address.ipv4_mapped is not None)
 
 
 class RangeExhausted(Exception):

@@ -7,12 +7,25 @@ from ipaddress import IPv4Address, IPv6Address
 
 from agent.state import Address
 
-VERSION = 3
+VERSION = 4
 
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
+# The address of a host port is 0.0.0.0 or :: where it is any of the family.
+_HOST_PORT = """
+CREATE TABLE host_port (
+    address BLOB NOT NULL CHECK (length(address) = 16),
+    port INTEGER NOT NULL,
+    protocol INTEGER NOT NULL,
+    pod_port INTEGER NOT NULL,
+    device TEXT NOT NULL REFERENCES attachment (device) ON DELETE CASCADE,
+    PRIMARY KEY (address, port, protocol)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX host_port_device ON host_port (device);
+"""
+
 # An address's `position` is its place in the pod's result. `former` has what was released, the oldest first.
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE attachment (
     network TEXT NOT NULL,
     container_id TEXT NOT NULL,
@@ -49,7 +62,7 @@ CREATE TABLE former (
     pod_name TEXT NOT NULL
 ) STRICT;
 CREATE INDEX former_pod ON former (pod_name, network, ifname);
-"""
+{_HOST_PORT}"""
 
 # Schema 1 had one ring per family, and neither names, origins nor former addresses. IPv4 came first in a pod's result:
 # a v4-mapped address (pack) begins with twelve bytes that no IPv6 address of a pod has.
@@ -67,9 +80,11 @@ DROP TABLE address_1;
 DROP TABLE attachment_1;
 DROP TABLE last_given_1;
 """  # noqa: S608
-# Schema 2 had no limits.
-_FROM_2 = "ALTER TABLE attachment ADD COLUMN limits TEXT NOT NULL DEFAULT ''"
-_MIGRATIONS = {0: _SCHEMA, 1: _FROM_1, 2: _FROM_2}
+# Schema 2 had no limits, schema 3 no host ports.
+_FROM_2 = f"""
+ALTER TABLE attachment ADD COLUMN limits TEXT NOT NULL DEFAULT '';
+{_HOST_PORT}"""
+_MIGRATIONS = {0: _SCHEMA, 1: _FROM_1, 2: _FROM_2, 3: _HOST_PORT}
 
 
 class UnknownSchema(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import socketserver
 import struct
@@ -17,10 +18,11 @@ from cni import wire
 
 log = logging.getLogger(__name__)
 
-_RECEIVE_SECONDS = 10.0  # a launcher sends what it has at once
+_TRANSFER_SECONDS = 10.0  # a launcher sends what it has at once, and reads until the end
 _POLL_SECONDS = 0.05  # how soon `stop` is noticed
 _STOP_SECONDS = 5.0  # for the calls in hand; most take some milliseconds
 _CONCURRENT = 16  # enough to keep the kernel busy; the others wait in line
+_CONNECTIONS = 512  # each has a thread, of 20 kB; more launchers than that wait for the next that is free
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
 
 Handle = Callable[[wire.Request], wire.Reply]
@@ -37,8 +39,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         """Listen on `path`, in place of the socket of an earlier agent. Raises OSError."""
         self._handle = handle
         self._turns = threading.BoundedSemaphore(_CONCURRENT)
-        self._calls = threading.Condition()
-        self._in_hand = 0
+        self._connections = threading.Condition()
+        self._open = 0
         self._is_cut_off = False
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path = path
@@ -69,24 +71,32 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             if self._path.stat().st_ino == self._inode:  # ours alone, as long as it is open
                 self._path.unlink()
         self.server_close()
-        with self._calls:
-            self._calls.wait_for(lambda: self._in_hand == 0, _STOP_SECONDS)
+        with self._connections:
+            self._connections.wait_for(lambda: self._open == 0, _STOP_SECONDS)
             self._is_cut_off = True
 
-    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
-        """Serve one launcher in a thread of its own."""
-        with self._calls:
-            self._in_hand += 1
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
-        """Serve one launcher, and hang up."""
+    def get_request(self) -> tuple[socket.socket, object]:
+        """Take a connection, as long as there is room for one. Raises OSError: the base class tries again."""
+        with self._connections:
+            if not self._connections.wait_for(lambda: self._open < _CONNECTIONS, _POLL_SECONDS):
+                raise BlockingIOError(f"{_CONNECTIONS} connections are open")
+            self._open += 1
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._calls:
-                self._in_hand -= 1
-                self._calls.notify_all()
+            return super().get_request()
+        except OSError:  # for want of descriptors, most likely; without a pause it would fail a million times
+            time.sleep(_POLL_SECONDS)
+            self._closed()
+            raise
+
+    def close_request(self, request: socket.socket) -> None:  # type: ignore[override]
+        """Close a connection that `get_request` has taken."""
+        super().close_request(request)
+        self._closed()
+
+    def _closed(self) -> None:
+        with self._connections:
+            self._open -= 1
+            self._connections.notify_all()
 
     def finish_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]  # noqa: ARG002
         """Serve one launcher."""
@@ -94,23 +104,34 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         if uid != 0:
             log.warning("refused caller uid=%d", uid)
             return
-        request.settimeout(_RECEIVE_SECONDS)
         try:
             self._serve(request)
         except wire.WireError as error:
             log.warning("launcher gave up or spoke nonsense error=%r", str(error))
 
     def _serve(self, connection: socket.socket) -> None:
-        request = wire.receive(connection)
+        request = wire.receive(connection, _TRANSFER_SECONDS)
+        connection.settimeout(_TRANSFER_SECONDS)
+        command = request.env.get("CNI_COMMAND")
         try:
             # STATUS waits for nobody: its runtime would take the node for unready while many pods start.
-            with nullcontext() if request.env.get("CNI_COMMAND") == "STATUS" else self._turns:
+            with nullcontext() if command == "STATUS" else self._turns:
+                if command == "ADD" and _has_hung_up(connection):
+                    log.warning("ADD comes too late container=%s", request.env.get("CNI_CONTAINERID", ""))
+                    return
                 reply = self._handle(request)
             if not self._is_cut_off:
                 wire.reply(connection, reply)
         finally:
             if request.netns is not None:
                 os.close(request.netns)
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    """Say whether the launcher is gone. Its runtime may have had its DEL done meanwhile: nothing would undo an ADD."""
+    waiting = select.poll()
+    waiting.register(connection, 0)  # POLLHUP comes unasked, and not from shutdown(2) of one direction
+    return any(event & select.POLLHUP for _, event in waiting.poll(0))
 
 
 def observed(handle: Handle, observe: Callable[[str, int, float], None]) -> Handle:

@@ -41,6 +41,30 @@ class Endpoint:
     """The index of the device through whose queue it sends, if that is limited."""
     queued: bool = False
     """What it receives has to pass the queue of the host end: podlane's, which limits it, or somebody else's."""
+    serves: bool = False
+    """It has host ports."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """A port at an address of the node's, or at 0.0.0.0 or ::, any of that family. `protocol` is the IP header's."""
+
+    address: Address
+    port: int
+    protocol: int
+
+    def __str__(self) -> str:
+        name = {6: "tcp", 17: "udp"}.get(self.protocol, self.protocol)
+        address = f"[{self.address}]" if self.address.version == 6 else self.address
+        return f"{address}:{self.port}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class PodPort:
+    """Where a host port leads."""
+
+    address: Address
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +172,8 @@ class Settings:
     other: int
     other_protocols: OtherProtocols | str
     stack_routes: bool
+    netns: int = 0
+    """The node's network namespace, by the kernel's cookie; 0: the node's own processes reach no host ports."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +188,10 @@ class State:
     prefixes: dict[Network, Lanes] = field(default_factory=dict)
     node_addresses: dict[Address, int] = field(default_factory=dict)
     """A set, in effect: the values are 1."""
+    host_ports: dict[HostPort, PodPort] = field(default_factory=dict)
     hooks: dict[Hook, Attached] = field(default_factory=dict)
+    sockets: dict[str, int] = field(default_factory=dict)
+    """By the call that a program sees, the number of the cgroup whose processes make it."""
     uplinks: dict[int, Sources] = field(default_factory=dict)
     """By interface index."""
     neighbours: dict[Neighbour, str] = field(default_factory=dict)

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from agent import allotment, pods, schema
-from agent.allotment import AddressTaken
-from agent.pods import IS, NO_LIMITS, Netns, Origin, Phase, Pod, Subnet, encode_subnets, key
+from agent.allotment import AddressTaken, HostPortTaken
+from agent.pods import IS, NO_LIMITS, Netns, Origin, Phase, Pod, Published, Subnet, encode_subnets, key
 from agent.ranges import AddressNotInRange, Pool, Range, RangeExhausted, exhaustion, match_requests, next_free
 from agent.schema import pack, unpack
 from agent.state import Address, Network
@@ -31,11 +31,13 @@ __all__ = [
     "AddressNotInRange",
     "AddressTaken",
     "AttachmentExists",
+    "HostPortTaken",
     "Netns",
     "Origin",
     "Phase",
     "Pod",
     "Pool",
+    "Published",
     "RangeExhausted",
     "Store",
     "StoreError",
@@ -120,13 +122,14 @@ class Store:
         origin: Origin | None = None,
         sticky: bool = False,
         limits: Bandwidth | None = None,
+        published: Sequence[Published] = (),
     ) -> Pod:
         """Give the attachment one address of each pool, in phase RESERVED.
 
         `pools` default to the agent's own ranges, one for each family, with their own setting of `sticky`. Each of the
         `requested` addresses is for the first pool that has it. With `sticky`, the pod of this name gets the addresses
         that it had last on this network and interface, where they are free. Raises AttachmentExists, RangeExhausted,
-        AddressTaken or AddressNotInRange; then nothing has changed.
+        AddressTaken, AddressNotInRange or HostPortTaken; then nothing has changed.
         """
         if pools is None:
             pools, sticky = self.default_pools, self._sticky
@@ -144,9 +147,12 @@ class Store:
             masquerade=masquerade,
             origin=origin or Origin(),
             limits=limits if limits and limits.limits else NO_LIMITS,
+            published=tuple(published),
         )
         with self._transaction() as db:
             _insert(db, pod)
+            for each in published:
+                allotment.publish(db, device, each)
             addresses = [
                 _take(db, pod, position, pool, request, sticky=sticky)
                 for position, (pool, request) in enumerate(zip(pools, requests, strict=True))

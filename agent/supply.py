@@ -6,13 +6,15 @@ Without `ipam` in the network configuration it is the agent's own ranges, with `
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from ipaddress import ip_interface
 from typing import Any
 
 from agent import ipam
-from agent.ranges import Pool
+from agent.ranges import Pool, fits_no_pod
 from agent.resolv import read_resolv_conf
 from agent.state import Address
 from agent.store import Origin, Pod
@@ -21,7 +23,7 @@ from cni.delegate import Delegate
 from cni.document import decode, lookup
 from cni.errors import CniError, Code
 from cni.netconf import NetConf
-from cni.result import Dns, Result
+from cni.result import Dns, Ip, Result
 from cni.wire import Request
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def of(call: Call) -> Supply:
     if not config.ipam and not ranges:
         return Supply(requested=requested)
     own = ipam.read(config.ipam or {}, network=config.name, version=config.cni_version, ip_ranges=ranges)
+    _check_pools(own.pools)
     return Supply(pools=own.pools, requested=requested, own=own)
 
 
@@ -101,6 +104,26 @@ def give_back(request: Request | None, origin: Origin) -> None:
             Delegate(kind, path).delete(environment, stdin)
 
 
+def as_given(call: Call, stdin: bytes, prev: Result, pod: Pod) -> bytes:
+    """Return the configuration of a CHECK with prevResult as the delegate knows it.
+
+    ADD has put the pod's own gateways and prefix lengths in place of the delegate's, and static compares gateways.
+    """
+    given = replace(prev, ips=tuple(_as_given(ip, pod) for ip in prev.ips))
+    if given == prev:
+        return stdin
+    rest = {key: value for key, value in decode(stdin).items() if key.casefold() != "prevresult"}
+    return json.dumps({**rest, "prevResult": given.to_json(call.config.cni_version)}).encode()
+
+
+def _as_given(ip: Ip, pod: Pod) -> Ip:
+    address = ip.address.ip
+    subnet = next((each for each in pod.subnets if address in each.network), None)
+    if subnet is None or address not in pod.addresses:
+        return ip
+    return replace(ip, address=ip_interface(f"{address}/{subnet.network.prefixlen}"), gateway=subnet.named)
+
+
 def is_delegated(origin: Origin) -> bool:
     """Say whether a delegate has to take back what an attachment has."""
     return bool(_delegate_of(origin.stdin))
@@ -121,19 +144,19 @@ def _ipam_of(stdin: bytes) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _check_pools(pools: Iterable[Pool]) -> None:
+    """Refuse ranges whose addresses no pod can use."""
+    for each in (each for pool in pools for each in pool.ranges):
+        if fits_no_pod(each.first) or fits_no_pod(each.last):
+            raise CniError(Code.INVALID_NETWORK_CONFIG, f"ipam: no pod can have an address of {each}")
+
+
 def _check_given(delegate: Delegate, given: Result) -> None:
     """Refuse a result that no pod can use."""
     if not given.ips:
         raise CniError(Code.DELEGATE_FAILED, f"IPAM plugin {delegate.type} returned missing IP config")
-    for ip in given.ips:
-        address = ip.address.ip
-        if (
-            address.is_unspecified
-            or address.is_loopback
-            or address.is_multicast
-            or address.is_link_local
-            or (address.version == 6 and address.ipv4_mapped is not None)
-        ):
+    for address in (ip.address.ip for ip in given.ips):
+        if fits_no_pod(address):
             raise CniError(
                 Code.DELEGATE_FAILED,
                 f"IPAM plugin {delegate.type} gave {address}: no pod can have that address",

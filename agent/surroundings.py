@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
-from agent import masquerade, netlink
+from agent import cgroup, masquerade, netlink
 from agent.config import Config
+from agent.datapath.sockets import CALLS
 from agent.ipmasq import Rules, RulesFile
 from agent.plan import Outside
 from agent.state import Lanes, Network
@@ -23,7 +25,10 @@ class Surroundings:
         self._file = RulesFile(path) if path else None
         self._rules = masquerade.inline_rules(config.masquerade)
         self._prefixes = masquerade.prefixes(config, self._rules)
-        self._settings = masquerade.settings(config.masquerade)
+        self._settings = replace(masquerade.settings(config.masquerade), netns=netlink.own_netns_cookie())
+        self.cgroup = cgroup.find()
+        if self.cgroup is None:
+            log.warning("no cgroup2 is mounted: the node's own processes do not reach host ports")
         self._known: Outside | None = None  # before the first look
 
     def outside(self) -> Outside:
@@ -34,6 +39,7 @@ class Surroundings:
             prefixes=self._current_prefixes(),
             settings=self._settings,
             mtu=self._pod_mtu(),
+            sockets=dict.fromkeys(CALLS, cgroup.number(self.cgroup)) if self.cgroup else {},
         )
         _tell(now, self._known)
         self._known = now

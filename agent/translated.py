@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from agent.state import KernelError
-from agent.store import AddressNotInRange, AddressTaken, AttachmentExists, RangeExhausted, StoreError
+from agent.store import AddressNotInRange, AddressTaken, AttachmentExists, HostPortTaken, RangeExhausted, StoreError
 from cni.errors import CniError, Code
 
 
@@ -26,7 +26,7 @@ def translated() -> Iterator[None]:
         raise CniError(Code.ALREADY_ATTACHED, message, str(error)) from error
     except RangeExhausted as error:
         raise CniError(Code.ADDRESSES_EXHAUSTED, str(error)) from error
-    except AddressTaken as error:
+    except (AddressTaken, HostPortTaken) as error:
         raise CniError(Code.ADDRESS_TAKEN, str(error)) from error
     except AddressNotInRange as error:
         raise CniError(Code.INVALID_NETWORK_CONFIG, str(error)) from error

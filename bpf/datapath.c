@@ -18,6 +18,7 @@
 #include "counters.h"
 #include "deliver.h"
 #include "fragments.h"
+#include "host_ports.h"
 #include "icmp_error.h"
 #include "identify.h"
 #include "inbound.h"
@@ -28,6 +29,7 @@
 #include "ports.h"
 #include "rewrite.h"
 #include "shaping.h"
+#include "sockets.h"
 #include "spoofing.h"
 #include "stack.h"
 #include "transport.h"
@@ -49,8 +51,10 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);
     if (endpoint && endpoint->network != packet->network && (!of_stack || packet->is_fragment))
         return drop(skb, OUTCOME(drop_other_network));
+    __u32 by_host_port =
+        !of_stack && may_be_served(skb, packet, endpoint) ? translate_locally(skb, packet, endpoint) : 0;
     if (packet->shaper)
-        return shape(skb, packet);
+        return shape(skb, packet, by_host_port);
 
     if (packet->has_options)
         return punt(skb, OUTCOME(punt_options));
@@ -63,11 +67,15 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
 
     if (of_stack)
         return punt(skb, OUTCOME(punt_reply));
+    if (by_host_port)
+        endpoint = endpoints.lookup(&packet->destination);
     if (!endpoint)
         return leave(skb, packet);
     if (packet->ttl <= 1)
         return punt(skb, OUTCOME(punt_ttl));
-    return deliver(skb, packet, endpoint, OUTCOME(fwd_local));
+    if (endpoint->shaper)
+        return leave_to_stack(skb, by_host_port);
+    return deliver(skb, packet, endpoint, by_host_port ? OUTCOME(port_local) : OUTCOME(fwd_local));
 }
 
 /* What a pod sends: ingress of the host end of its veth pair. */
@@ -102,10 +110,16 @@ int to_pod(struct __sk_buff *skb)
         skb->mark = 0;
         return punt(skb, OUTCOME(fwd_queued));
     }
-    if (parse(skb, &packet) == KIND_IP && !node_addresses.lookup(&packet.source) &&
-        identify(skb, &packet, &transport)) {
-        struct endpoint *pod = endpoints.lookup(&packet.destination);
-        if (pod)
+    if (skb->mark == CALL_MARK || skb->mark == ANSWER_MARK)
+        return punt(skb, complete_locally(skb) ? OUTCOME(port_shaped) : OUTCOME(fwd_from_stack));
+    if (parse(skb, &packet) != KIND_IP)
+        return punt(skb, OUTCOME(fwd_from_stack));
+    struct endpoint *pod = endpoints.lookup(&packet.destination);
+    bool is_nodes = node_addresses.lookup(&packet.source);
+    if (pod && (pod->serves || !is_nodes) && identify(skb, &packet, &transport)) {
+        if (is_nodes)
+            forget_own_call(&transport);
+        else
             keep_in_stack(&transport, pod);
     }
     return punt(skb, OUTCOME(fwd_from_stack));
@@ -115,7 +129,11 @@ int to_pod(struct __sk_buff *skb)
 static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct transport *transport, bool known,
                           bool fast)
 {
-    if (known && is_reply(packet, transport))
+    struct note *note = known ? reply_note(packet, transport) : 0;
+    if (note && note->port)
+        return answer_as_noted(skb, packet, transport, note) ? punt(skb, OUTCOME(port_out))
+                                                             : drop(skb, OUTCOME(drop_masq_unsupported));
+    if (note)
         return punt(skb, OUTCOME(fwd_reply));
     __u32 rule = rule_for(packet, transport);
     if (packet->native || is_native(packet) || (rule == OTHER_STACK && !fast))
@@ -154,6 +172,9 @@ int to_uplink(struct __sk_buff *skb)
     if (known && node_addresses.lookup(&packet.source)) {
         if (transport.quoted && masquerade_error(skb, &packet, &transport))
             return masqueraded_out(skb, &transport);
+        struct note *note = transport.quoted ? find_note(&transport.tuple) : 0;
+        if (note && answer_as_noted(skb, &packet, &transport, note))
+            return punt(skb, OUTCOME(port_out));
         reclaim_port(&transport);
     }
     return punt(skb, OUTCOME(fwd_host_out));
@@ -171,6 +192,8 @@ int from_uplink(struct __sk_buff *skb)
     bool known = identify(skb, &packet, &transport);
     if (known && unmasquerade(skb, &packet, &transport))
         outcome = OUTCOME(masq_in);
+    else if (known && to_host_port(skb, &packet, &transport))
+        outcome = OUTCOME(port_in);
 
     struct endpoint *pod = endpoints.lookup(&packet.destination);
     if (!pod || is_link_local(&packet.destination))
@@ -180,8 +203,52 @@ int from_uplink(struct __sk_buff *skb)
     if (pod->via_stack && (packet.is_fragment || (known && stack_flows.lookup(&transport.tuple))))
         return punt(skb, outcome);
     if (known && outcome == OUTCOME(fwd_inbound))
-        note_inbound(&transport);
+        note_direct(&transport);
+    if (pod->shaper) /* see leave_to_stack */
+        return punt(skb, outcome);
     if (packet.is_ipv6)
         bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
     return deliver(skb, &packet, pod, outcome);
+}
+
+/* What the node's own processes connect to, and what datagrams of unconnected sockets are for. */
+int connect4(struct bpf_sock_addr *ctx)
+{
+    return call_ipv4(ctx);
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+    return call_ipv6(ctx);
+}
+
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+    return call_ipv4(ctx);
+}
+
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+    return call_ipv6(ctx);
+}
+
+/* From whom they are told that a datagram comes, and to whom that they are connected. */
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+    return name_ipv4(ctx);
+}
+
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+    return name_ipv6(ctx);
+}
+
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+    return name_ipv4(ctx);
+}
+
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+    return name_ipv6(ctx);
 }

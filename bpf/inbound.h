@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Flows that outsiders open to a pod's own address: the pod's answers keep that address. */
+/* Flows that others open to a pod's own address or to a host port: the pod's answers come from there. */
 #pragma once
 
 #include "maps.h"
@@ -10,6 +10,10 @@
 #define RENEW_NS 1000000000ull
 
 #define SECOND_NS 1000000000ull
+
+/* How far a note has come. */
+#define ANSWERED   1
+#define CARRIED_ON 2 /* it is in `conversations` */
 
 /* What neither begins a flow nor refuses one. */
 static bool carries_on(const struct transport *transport)
@@ -47,59 +51,81 @@ static void renew(__u64 *seen, __u64 now)
         *seen = now;
 }
 
-/* Notes that an outsider has sent this: to a pod's own address, in a flow that the pod has not opened itself. */
-static void note_inbound(const struct transport *transport)
+/* The note by the tuple of the pod's answers. */
+static struct note *find_note(struct tuple *answer)
 {
-    struct tuple answer = reversed(&transport->tuple);
-    __u64 now = bpf_ktime_get_coarse_ns(), *known = conversations.lookup(&answer);
-
-    if (known) {
-        renew(known, now);
-        return;
-    }
-    struct note *note = inbound.lookup(&answer);
-    if (note && note->answered && carries_on(transport)) {
-        conversations.update(&answer, &now);
-        inbound.delete(&answer);
-    } else if (note) {
-        renew(&note->seen, now);
-    } else if (!transport->quoted && !flows.lookup(&answer)) {
-        struct note first = {.seen = now};
-        inbound.update(&answer, &first);
-    }
+    return conversations.lookup(answer) ?: inbound.lookup(answer);
 }
 
-/* When the outsider, or the pod in answer, last sent something in this flow of a pod's; 0 if no outsider did. */
-static __u64 *last_inbound(struct transport *transport)
+/* One sender's flows to several ports of the node's may look the same to the pod. The one that opened last counts. */
+static void know_as(struct note *note, const struct transport *transport, const struct addr *address, __be16 port)
 {
-    __u64 *seen = conversations.lookup(&transport->tuple);
-    struct note *note;
-
-    if (seen)
-        return seen;
-    note = inbound.lookup(&transport->tuple);
-    if (!note)
-        return 0;
-    if (!note->answered && carries_on(transport))
-        note->answered = 1;
-    return &note->seen;
+    if (note->port == port && (!port || same_address(&note->address, address)))
+        return;
+    if (transport->quoted || (transport->tuple.protocol == IPPROTO_TCP && !opens_connection(transport)))
+        return;
+    note->address = *address;
+    note->port = port;
 }
 
 /*
- * Does this packet of a pod's answer a flow that an outsider opened? Only if the pod has not opened it itself: a stale
- * or forged note must never let a masqueraded flow out under the pod's own address. Nor is it an answer if this is an
- * error about another pod's flow.
+ * Notes that a packet of this kind has come, whose answers are `answer`, in a flow that the pod has not opened itself:
+ * to its own address (port 0), or to that address and port of the node's.
  */
-static bool is_reply(const struct packet *packet, struct transport *transport)
+static void note_inbound(const struct transport *transport, struct tuple *answer, const struct addr *address,
+                         __be16 port)
+{
+    __u64 now = bpf_ktime_get_coarse_ns();
+    struct note *note = find_note(answer);
+
+    if (note) {
+        know_as(note, transport, address, port);
+        renew(&note->seen, now);
+        if (note->answered == ANSWERED && carries_on(transport)) {
+            note->answered = CARRIED_ON; /* so that it moves once */
+            conversations.update(answer, note);
+            inbound.delete(answer);
+        }
+    } else if (!transport->quoted && !flows.lookup(answer)) {
+        struct note first = {.seen = now, .address = *address, .port = port};
+        inbound.update(answer, &first);
+    }
+}
+
+static void note_direct(const struct transport *transport)
+{
+    struct tuple answer = reversed(&transport->tuple);
+
+    note_inbound(transport, &answer, &transport->tuple.destination, 0);
+}
+
+/* The note of the flow that a pod's packet belongs to, if others have opened it; it learns that the pod has answered.
+ */
+static struct note *answered_note(struct transport *transport)
+{
+    struct note *note = find_note(&transport->tuple);
+
+    if (note && !note->answered && carries_on(transport))
+        note->answered = ANSWERED;
+    return note;
+}
+
+/*
+ * The note of the flow that this packet of a pod's answers, if another opened it. Only if the pod has not opened it
+ * itself: a stale or forged note must never let a masqueraded flow out under the pod's own address. Nor is it an answer
+ * if this is an error about another pod's flow.
+ */
+static struct note *reply_note(const struct packet *packet, struct transport *transport)
 {
     struct tuple *key = &transport->tuple;
-    __u64 now = bpf_ktime_get_coarse_ns(), *seen = last_inbound(transport);
+    __u64 now = bpf_ktime_get_coarse_ns();
+    struct note *note = answered_note(transport);
 
-    if (!seen || opens_connection(transport) || flows.lookup(key) || !same_address(&key->source, &packet->source) ||
-        is_stale(now - *seen, key->protocol))
-        return false;
-    renew(seen, now);
-    return true;
+    if (!note || opens_connection(transport) || flows.lookup(key) || !same_address(&key->source, &packet->source) ||
+        is_stale(now - note->seen, key->protocol))
+        return 0;
+    renew(&note->seen, now);
+    return note;
 }
 
 /* The pod has opened that flow itself: a note would outlive it, and let what comes after it out as it is. */

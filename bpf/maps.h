@@ -25,7 +25,31 @@ struct endpoint {
     __u32 network;  /* 0: the flat network of all pods; else one of its own, to which no other is routed */
     __u32 shaper;   /* the device through whose queue all goes that it sends; 0: it sends without a limit */
     __u8 queued;    /* 1: what it receives passes the queue of its host end, which limits it */
-    __u8 reserved[3];
+    __u8 serves;    /* 1: it has host ports */
+    __u8 reserved[2];
+};
+
+/* A port of the node's that leads to a pod; the address is the node's, or 0.0.0.0 or :: for any of that family. */
+struct host_port {
+    struct addr address;
+    __be16 port;
+    __u8 protocol;
+    __u8 reserved;
+};
+
+/* Where it leads. */
+struct pod_port {
+    struct addr address;
+    __be16 port;
+    __u8 reserved[2];
+};
+
+/* A pod's port as a socket of the node's sees it, by which the socket has called another. */
+struct peer {
+    __u64 socket; /* bpf_get_socket_cookie */
+    struct addr address;
+    __be16 port;
+    __u8 reserved[6];
 };
 
 /*
@@ -72,11 +96,16 @@ struct ports {
     __be16 destination;
 };
 
-/* An outsider's first packets to a pod's own address. Times are bpf_ktime_get_coarse_ns. */
+/*
+ * What somebody else has sent to a pod: an outsider, or by a host port also a pod. It says under which address and port
+ * the sender knows the pod: the answers come from there. Times are bpf_ktime_get_coarse_ns.
+ */
 struct note {
     __u64 seen;
-    __u8 answered; /* the pod has sent something back */
-    __u8 reserved[7];
+    struct addr address;
+    __be16 port;   /* 0: the pod's own, and the address is not used */
+    __u8 answered; /* 1: the pod has sent something back; 2: and the other side after it */
+    __u8 reserved[5];
 };
 
 /* A device that leads out, and whom its packets pass for where the kernel cannot say (before Linux 6.7). */
@@ -100,6 +129,7 @@ struct settings {
     __u32 other;           /* of other protocols */
     __u32 other_protocols; /* OTHER_* */
     __u32 stack_routes;    /* 1: what leaves the node goes through the host stack */
+    __u64 netns;           /* the node's network namespace: bpf_get_netns_cookie */
 };
 
 /* What becomes of pods' packets to the world that are neither TCP, UDP nor ICMP. */
@@ -138,9 +168,15 @@ struct outcomes {
     struct counter masq_in;  /* from_uplink: an answer, given back to its pod */
     struct counter masq_out; /* to_uplink: now the node's */
 
+    struct counter port_in;     /* from_uplink: for a host port, given to its pod */
+    struct counter port_local;  /* from_pod: the same between pods, in both directions */
+    struct counter port_shaped; /* to_pod: the same, from or to a limited pod */
+    struct counter port_out;    /* to_uplink: a pod's answer, now the host port's */
+
     struct counter punt_arp;
     struct counter punt_fragment; /* from_uplink: a later one, and its first was for no pod */
     struct counter punt_host;
+    struct counter punt_limited; /* from_pod: for a limited pod, whose answers take the stack */
     struct counter punt_link_local;
     struct counter punt_malformed;
     struct counter punt_multicast;
@@ -195,6 +231,12 @@ BPF_TABLE("hash", __u32, struct uplink, uplinks, 1);
 /* The node's own addresses; the values are unused. Written by the agent. */
 BPF_TABLE("hash", struct addr, __u8, node_addresses, 1);
 
+/* Host ports. Written by the agent; never of a port from which pods are masqueraded. */
+BPF_TABLE("hash", struct host_port, struct pod_port, host_ports, 1);
+
+/* By which host port a socket of the node's has called a pod. */
+BPF_TABLE("lru_hash", struct peer, struct host_port, peers, 1);
+
 /* Destinations with lanes of their own: any of PREFIX_*, with those of shorter prefixes. Written by the agent. */
 #define PREFIX_NATIVE 1 /* never masqueraded: the cluster, nonMasqueradeCIDRs, link-local */
 #define PREFIX_STACK  2 /* for the host stack: service addresses */
@@ -211,12 +253,12 @@ BPF_TABLE("hash", struct tuple, struct owner, owners, 1);
 BPF_TABLE("lru_hash", struct fragment, struct ports, fragments, 1);
 
 /*
- * Flows that outsiders opened to a pod's own address, by the tuple of the pod's answers: those are not masqueraded.
- * What was answered and went on after it has a map of its own, so that a flood of first packets evicts none. The value
- * there is when one was last seen.
+ * Flows that others opened to a pod's own address or to a host port, by the tuple of the pod's answers: those are not
+ * masqueraded. What was answered and went on after it has a map of its own, so that a flood of first packets evicts
+ * none.
  */
 BPF_TABLE("lru_hash", struct tuple, struct note, inbound, 1);
-BPF_TABLE("lru_hash", struct tuple, __u64, conversations, 1);
+BPF_TABLE("lru_hash", struct tuple, struct note, conversations, 1);
 
 /*
  * Packets that must take the host stack, because earlier ones of their flow did: the kernel's conntrack may have

@@ -50,6 +50,7 @@ struct packet {
     __u8 native;
     __u32 network;
     __u32 shaper;
+    __u8 serves;           /* likewise */
     __u8 is_ipv6;          /* the header's family, not the addresses' looks */
     __u8 neighbour_type;   /* the ICMPv6 type if this is neighbour discovery, else 0 */
     struct addr neighbour; /* its target, if it has one */

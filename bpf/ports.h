@@ -17,8 +17,11 @@ static struct tuple answers(const struct tuple *tuple, const struct addr *addres
     return answer;
 }
 
-/* A port that a socket of the host has for this very tuple, or listens on, is not ours to use (bpf_sk_lookup). */
-static bool is_host_port(struct __sk_buff *skb, const struct tuple *answer)
+/*
+ * Is there a socket of the host's for this very tuple, or else one that listens on that port (bpf_sk_lookup)? With
+ * `connected`, only the former.
+ */
+static bool has_socket(struct __sk_buff *skb, const struct tuple *answer, bool connected)
 {
     struct bpf_sock_tuple tuple = {};
     bool is_ipv6 = !is_v4_mapped(&answer->source);
@@ -36,7 +39,9 @@ static bool is_host_port(struct __sk_buff *skb, const struct tuple *answer)
         tuple.ipv4.sport = answer->source_port;
         tuple.ipv4.dport = answer->destination_port;
     }
-    if (answer->protocol == IPPROTO_TCP)
+    if (answer->protocol == IPPROTO_TCP && connected) /* the kind of socket that the one for UDP is, to the verifier */
+        socket = bpf_sk_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+    else if (answer->protocol == IPPROTO_TCP)
         socket = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
     else if (answer->protocol == IPPROTO_UDP)
         socket = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
@@ -44,8 +49,9 @@ static bool is_host_port(struct __sk_buff *skb, const struct tuple *answer)
         return false;
     if (!socket)
         return false;
+    bool has = !connected || socket->dst_port;
     bpf_sk_release(socket);
-    return true;
+    return has;
 }
 
 static bool same_owner(const struct owner *a, const struct owner *b)
@@ -65,7 +71,7 @@ static int take_port(struct __sk_buff *skb, const struct tuple *tuple, struct fl
     flow->port = port;
     if (taken) /* our own, and the other half was lost */
         return 0;
-    if (is_host_port(skb, &answer))
+    if (has_socket(skb, &answer, false)) /* the port is not ours to use */
         return -EEXIST;
     return owners.insert(&answer, &owner);
 }
@@ -126,7 +132,7 @@ static void end_flow(const struct tuple *sent, const struct owner *owner)
 
 /*
  * What the node itself sends is the node's: a pod that has the port for that destination loses it, and takes another.
- * Sockets are seen when a port is taken (is_host_port); this is for those that come later, and for what has no sockets
+ * Sockets are seen when a port is taken (has_socket); this is for those that come later, and for what has no sockets
  * to be seen: echo requests, tunnels, and connections by the kernel's own NAT are noted before a pod is there.
  * Answers to outsiders never make an entry, so that no flood from outside can fill the map.
  */

@@ -31,6 +31,7 @@ static __u64 spoofed_source(struct __sk_buff *skb, struct packet *packet)
     packet->via_stack = owner->via_stack;
     packet->network = owner->network;
     packet->shaper = owner->shaper;
+    packet->serves = owner->serves;
     return 0;
 }
 

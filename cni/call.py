@@ -3,7 +3,7 @@
 The rules are those of the reference implementation (cni:pkg/skel/skel.go), so that a runtime sees the errors it knows.
 Of several faults the first is told, in this order: values of variables and what is missing of them (code 4), JSON (6),
 the network's name (7), the command (4), the version (1, 6), and then what podlane itself reads: CNI_ARGS (4) and the
-other keys of the configuration (7).
+other keys of the configuration (7), except for DEL.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def parse(environment: Mapping[str, str], stdin: bytes) -> Call:
         arguments=_arguments(command, environment.get("CNI_ARGS", "")),
         path=tuple(each for each in environment.get("CNI_PATH", "").split(":") if each),
         netns_override=environment.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true"),
-        config=_parse_config(document),
+        config=_parse_config(command, document),
     )
     if command == "ADD":
         _check_mac(call)
@@ -289,7 +289,10 @@ def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
-def _parse_config(document: dict[str, Any]) -> NetConf:
+def _parse_config(command: str, document: dict[str, Any]) -> NetConf:
+    """Read the configuration; of DEL the name only, since no fault in the rest may keep a pod from ending."""
+    if command == "DEL":
+        document = {"name": _text_of(document, "name"), "cniVersion": _version(document)}
     try:
         return NetConf.model_validate(document)
     except ValidationError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
@@ -19,6 +20,9 @@ from cni.versions import UNNAMED
 
 _MASQUERADE_BACKENDS = ("", "iptables", "nftables")
 _LAST_VLAN = 4094
+_IPV4_MIN_MTU = 68  # bytes (RFC 791 section 3.2; the kernel takes no less for a veth pair)
+_WHY_REFUSED = {"ipam.type": "its server must share a layer 2 with the pod, and a pod shares one with its node only"}
+_PROTOCOLS = ("tcp", "udp")
 _BITS = 8  # of a byte
 _U32_MAX, _U64_MAX = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _WITHOUT_EFFECT = {
@@ -31,6 +35,10 @@ _WITHOUT_EFFECT = {
     "macspoofchk": "podlane always checks",
     "enabledad": "podlane gives no address twice",
 }
+
+
+def _unsupported(key: str, value: object, reason: str) -> CniError:
+    return CniError(Code.UNSUPPORTED_FIELD, f'unsupported field "{key}": {json.dumps(value)}; {reason}')
 
 
 class GivenDns(JsonObject):
@@ -64,6 +72,22 @@ class PortMapping(JsonObject):
     container_port: int = Field(ge=1, le=65535)
     protocol: str = "tcp"
     host_ip: str = Field("", alias="hostIP")
+
+    def check(self) -> None:
+        """Refuse by name what cannot be. Raises CniError 7, and 2 for what podlane does not have."""
+        if not self.host_port:
+            raise CniError(Code.INVALID_NETWORK_CONFIG, f"Invalid host port number: {self.host_port}")
+        if self.protocol.lower() not in _PROTOCOLS:
+            reason = "its checksum covers the ports" if self.protocol.lower() == "sctp" else "no such protocol"
+            raise _unsupported("runtimeConfig.portMappings.protocol", self.protocol, f"{reason}; allowed are tcp, udp")
+        if not self.host_ip:
+            return
+        try:
+            address = ip_address(self.host_ip)
+        except ValueError as error:
+            raise CniError(Code.INVALID_NETWORK_CONFIG, "runtimeConfig.portMappings.hostIP", str(error)) from error
+        if address.is_multicast or address.is_link_local or (address.version == 6 and address.ipv4_mapped):
+            raise _unsupported("runtimeConfig.portMappings.hostIP", self.host_ip, "a pod cannot answer from there")
 
 
 class Bandwidth(JsonObject):
@@ -115,6 +139,7 @@ class NetArgs(JsonObject):
 
     ips: Many[str] = ()
     mac: str = ""
+    labels: Any = None  # whatever it is: nothing is done with it
 
 
 class Args(JsonObject):
@@ -216,7 +241,10 @@ class NetConf(JsonObject):
         """The keys that ask for something which cannot matter here, each with the reason why: for the log."""
         fields = type(self).model_fields
         asking = [name for name in _WITHOUT_EFFECT if getattr(self, name) != fields[name].default]
-        return {fields[name].alias or name: _WITHOUT_EFFECT[name] for name in asking}
+        found = {fields[name].alias or name: _WITHOUT_EFFECT[name] for name in asking}
+        if self.args.cni.labels:
+            found["args.cni.labels"] = "podlane has nothing that goes by labels"
+        return found
 
     def check_served(self) -> None:
         """Refuse by name what would otherwise silently not happen.
@@ -225,26 +253,26 @@ class NetConf(JsonObject):
         what the reference plugins refuse, too, and 2 for what podlane does not have.
         """
         self._check_values()
-        runtime = self.runtime_config
         refused = {
+            "ipam.type": self.ipam_type if self.ipam_type == "dhcp" else "",
             "vlan": self.vlan,
             "vlanTrunk": self.vlan_trunk,
             "portIsolation": self.port_isolation,
             "disableContainerInterface": self.disable_container_interface,
-            "runtimeConfig.portMappings": [each.model_dump(by_alias=True) for each in runtime.port_mappings],
         }
         for key, value in refused.items():
             if value:
-                raise CniError(
-                    Code.UNSUPPORTED_FIELD, f'unsupported field "{key}": {json.dumps(value)}; podlane does not have it'
-                )
+                raise _unsupported(key, value, _WHY_REFUSED.get(key, "podlane does not have it"))
 
     def _check_values(self) -> None:
         """Refuse, in the words of plugins:bridge, what has no meaning anywhere."""
+        for mapping in self.runtime_config.port_mappings:
+            mapping.check()
         faults = {
             f"invalid VLAN ID {self.vlan} (must be between 0 and {_LAST_VLAN})": not 0 <= self.vlan <= _LAST_VLAN,
             f"unknown ipmasq backend {json.dumps(self.ip_masq_backend)}": self.ip_masq_backend
             not in _MASQUERADE_BACKENDS,
+            f"mtu {self.mtu}: IPv4 needs {_IPV4_MIN_MTU} at least": 0 < self.mtu < _IPV4_MIN_MTU,
             "cannot set hairpin mode and promiscuous mode at the same time": self.hairpin_mode and self.promisc_mode,
             **self.runtime_config.bandwidth.faults(),
         }

@@ -16,6 +16,7 @@ import array
 import os
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,20 +62,21 @@ class Reply:
     stdout: bytes
 
 
-def receive(connection: socket.socket) -> Request:
-    """Read one request; each read waits as long as the connection's own timeout.
+def receive(connection: socket.socket, seconds: float) -> Request:
+    """Read one request, which must be there in so many seconds; the connection's timeout is changed.
 
     The caller owns the descriptor in the result. At most one is taken, the kernel closes all others.
     Raises WireError for a malformed request, and when the connection fails, ends or times out.
     """
+    deadline = time.monotonic() + seconds
     with ExitStack() as undo:
-        start, netns = _receive_start(connection)
+        start, netns = _receive_start(connection, deadline)
         if netns is not None:
             undo.callback(os.close, netns)
-        header = start + _receive_exactly(connection, _REQUEST.size - len(start), "header")
+        header = start + _receive_exactly(connection, _REQUEST.size - len(start), "header", deadline)
         env_size, stdin_size, netns_errno = _parse_header(header)
-        env = _parse_env(_receive_exactly(connection, env_size, "env"))
-        stdin = _receive_exactly(connection, stdin_size, "stdin")
+        env = _parse_env(_receive_exactly(connection, env_size, "env", deadline))
+        stdin = _receive_exactly(connection, stdin_size, "stdin", deadline)
         _check_netns(env.get("CNI_NETNS", ""), netns, netns_errno)
         undo.pop_all()
     return Request(env=env, stdin=stdin, netns=netns, netns_errno=netns_errno)
@@ -111,9 +113,10 @@ def decode(data: bytes) -> Request:
     return Request(env=_parse_env(body[:env_size]), stdin=body[env_size:], netns_errno=netns_errno)
 
 
-def _receive_start(connection: socket.socket) -> tuple[bytes, int | None]:
+def _receive_start(connection: socket.socket, deadline: float) -> tuple[bytes, int | None]:
     """Receive the first bytes, and the descriptor that may come with them."""
     try:
+        _limit(connection, deadline)
         # With room for just one descriptor the kernel closes whatever else was sent.
         start, controls, _, _ = connection.recvmsg(_REQUEST.size, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
@@ -125,7 +128,7 @@ def _receive_start(connection: socket.socket) -> tuple[bytes, int | None]:
     return start, descriptors[0] if descriptors else None
 
 
-def _receive_exactly(connection: socket.socket, size: int, field: str) -> bytes:
+def _receive_exactly(connection: socket.socket, size: int, field: str, deadline: float) -> bytes:
     """Receive that many bytes; descriptors among them are closed by the kernel.
 
     Memory is taken for what has come, not for what is announced.
@@ -133,6 +136,7 @@ def _receive_exactly(connection: socket.socket, size: int, field: str) -> bytes:
     data = bytearray()
     while missing := size - len(data):
         try:
+            _limit(connection, deadline)
             part = connection.recv(min(missing, _PART))
         except OSError as error:
             raise WireError(f"{field}: cannot receive the last {missing} bytes: {error}") from error
@@ -140,6 +144,14 @@ def _receive_exactly(connection: socket.socket, size: int, field: str) -> bytes:
             raise WireError(f"{field}: the connection ended {missing} bytes too early")
         data += part
     return bytes(data)
+
+
+def _limit(connection: socket.socket, deadline: float) -> None:
+    """Let the next read wait until the deadline (time.monotonic) at most. Raises TimeoutError."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("it took too long")
+    connection.settimeout(left)
 
 
 def _parse_header(header: bytes) -> tuple[int, int, int]:

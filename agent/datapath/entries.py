@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +10,7 @@ from dataclasses import asdict
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Generic, TypeVar
 
-from ..state import Address, Endpoint, KernelError, Lanes, Network, Settings, Sources
+from ..state import Address, Endpoint, HostPort, KernelError, Lanes, Network, PodPort, Settings, Sources
 from .layout import Value
 from .maps import Map
 
@@ -65,6 +66,7 @@ class EndpointTable(MapTable[Address, Endpoint]):
             network=raw["network"],
             shaper=raw["shaper"],
             queued=bool(raw["queued"]),
+            serves=bool(raw["serves"]),
         )
 
     def _raw_key(self, key: Address) -> Value:
@@ -111,6 +113,22 @@ class AddressTable(MapTable[Address, int]):
 
     def _raw_value(self, value: int) -> Value:
         return value
+
+
+class HostPortTable(MapTable[HostPort, PodPort]):
+    """The map `host_ports`."""
+
+    def _key(self, raw: Value) -> HostPort:
+        return HostPort(to_address(raw["address"]), socket.ntohs(raw["port"]), raw["protocol"])
+
+    def _value(self, raw: Value) -> PodPort:
+        return PodPort(to_address(raw["address"]), socket.ntohs(raw["port"]))
+
+    def _raw_key(self, key: HostPort) -> Value:
+        return {"address": from_address(key.address), "port": socket.htons(key.port), "protocol": key.protocol}
+
+    def _raw_value(self, value: PodPort) -> Value:
+        return {"address": from_address(value.address), "port": socket.htons(value.port)}
 
 
 class PrefixTable(MapTable[Network, Lanes]):

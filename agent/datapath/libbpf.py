@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -20,7 +20,19 @@ from pathlib import Path
 from ..state import KernelError
 
 SCHED_CLS = 3  # BPF_PROG_TYPE_SCHED_CLS, a program at a tc hook
+CGROUP_SOCK_ADDR = 18  # BPF_PROG_TYPE_CGROUP_SOCK_ADDR, a program at calls on sockets
 TCX_INGRESS, TCX_EGRESS = 46, 47  # enum bpf_attach_type, Linux 6.6
+SOCKET_CALLS: Mapping[str, int] = {
+    "connect4": 10,
+    "connect6": 11,
+    "sendmsg4": 14,
+    "sendmsg6": 15,
+    "recvmsg4": 19,
+    "recvmsg6": 20,
+    "getpeername4": 29,
+    "getpeername6": 30,
+}
+"""The same for calls on sockets, BPF_CGROUP_INET4_CONNECT and so on; Linux 5.8 has them all."""
 _FILESYSTEM_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC, linux/magic.h
 
 # Room for the verifier's log (the kernel keeps the end of it since 6.4), and how much of it goes into a
@@ -110,14 +122,14 @@ class _ProgramInfo(Structure):
 
 
 class _LinkInfo(Structure):
-    """The start of struct bpf_link_info, with the member of its union that a tcx link uses."""
+    """The start of struct bpf_link_info, with the member of its union where links say what they are at."""
 
     _fields_ = [
         ("type", c_uint32),
         ("id", c_uint32),
         ("prog_id", c_uint32),
         ("padding", c_uint32),
-        ("ifindex", c_uint32),
+        ("target", c_uint32),
     ]
 
 
@@ -143,10 +155,13 @@ class ProgramInfo:
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """What the kernel says of a tcx link; `ifindex` is 0 if its device is gone."""
+    """What the kernel says of a link; `target` is the index of its device or the number of its cgroup, 0 if gone.
+
+    Of the number of a cgroup, these are the lower 32 bits.
+    """
 
     program_id: int
-    ifindex: int
+    target: int
 
 
 @cache
@@ -216,15 +231,23 @@ def map_create(what: str, kind: int, key_size: int, value_size: int, max_entries
 
 
 def program_load(what: str, instructions: bytes) -> int:
-    """Return a descriptor of a new program for tc hooks; a refusal's error ends like the verifier's log."""
+    """Return a descriptor of a new program; a refusal's error ends like the verifier's log.
+
+    By its name it is for a call on sockets (`SOCKET_CALLS`), or else for tc hooks.
+    """
+    call = SOCKET_CALLS.get(what)
     log = ctypes.create_string_buffer(_LOG_BYTES)
     # libbpf loads without a log first and asks for one only if that fails: a log costs time.
     options = _ProgramLoadOptions(
-        sz=ctypes.sizeof(_ProgramLoadOptions), log_size=_LOG_BYTES, log_buf=ctypes.cast(log, c_char_p)
+        sz=ctypes.sizeof(_ProgramLoadOptions),
+        expected_attach_type=call or 0,
+        log_size=_LOG_BYTES,
+        log_buf=ctypes.cast(log, c_char_p),
     )
     # The licence lets the program call the kernel's GPL-only helpers.
+    kind = CGROUP_SOCK_ADDR if call else SCHED_CLS
     result = library().bpf_prog_load(
-        SCHED_CLS, what.encode(), b"GPL", instructions, c_size_t(len(instructions) // 8), byref(options)
+        kind, what.encode(), b"GPL", instructions, c_size_t(len(instructions) // 8), byref(options)
     )
     if result < 0:
         lines = log.value.decode(errors="replace").rstrip().splitlines()[-_LOG_LINES:]
@@ -250,10 +273,10 @@ def program_info(descriptor: int, what: str) -> ProgramInfo:
 
 
 def link_info(descriptor: int, what: str) -> LinkInfo:
-    """Return what the kernel says of a tcx link."""
+    """Return what the kernel says of a link."""
     info = _LinkInfo()
     _fill(info, descriptor, what)
-    return LinkInfo(info.prog_id, info.ifindex)
+    return LinkInfo(info.prog_id, info.target)
 
 
 def _fill(info: Structure, descriptor: int, what: str) -> None:
@@ -261,9 +284,12 @@ def _fill(info: Structure, descriptor: int, what: str) -> None:
     checked(library().bpf_obj_get_info_by_fd(descriptor, byref(info), byref(size)), "ask about", what)
 
 
-def link_create(program: int, ifindex: int, attach_type: int, what: str) -> int:
-    """Return a descriptor of a new link: the program runs at the hook while the link is held or pinned."""
-    return checked(library().bpf_link_create(program, ifindex, attach_type, None), "attach", what)
+def link_create(program: int, target: int, attach_type: int, what: str) -> int:
+    """Return a descriptor of a new link: the program runs at the hook while the link is held or pinned.
+
+    `target` is the index of a device, or the descriptor of a cgroup.
+    """
+    return checked(library().bpf_link_create(program, target, attach_type, None), "attach", what)
 
 
 def link_update(link: int, program: int, what: str) -> None:

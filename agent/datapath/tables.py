@@ -90,7 +90,7 @@ class TcxHooks:
                 with libbpf.closing(link):
                     info = libbpf.link_info(link, path)
                 program = self._names.get(info.program_id, f"stale:{info.program_id}")
-                attached[_hook(pin)] = Attached(info.ifindex, program)
+                attached[_hook(pin)] = Attached(info.target, program)
         return attached
 
     def upsert(self, items: Mapping[Hook, Attached]) -> dict[Hook, KernelError]:
@@ -110,7 +110,7 @@ class TcxHooks:
         link = libbpf.open_pin(pin)
         if link is not None:
             with libbpf.closing(link):
-                if libbpf.link_info(link, str(pin)).ifindex == wanted.ifindex:
+                if libbpf.link_info(link, str(pin)).target == wanted.ifindex:
                     libbpf.link_update(link, program, what)
                     return
         self._detach(hook)

@@ -20,7 +20,7 @@ from agent.netlink.devices import (
 )
 from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
-from agent.netlink.netns import is_netns, netns_cookie, same_netns
+from agent.netlink.netns import is_netns, netns_cookie, own_netns_cookie, same_netns
 from agent.netlink.pods import (
     InterfaceExists,
     configure_pod,
@@ -60,6 +60,7 @@ __all__ = [
     "is_netns",
     "netns_cookie",
     "node_addresses",
+    "own_netns_cookie",
     "pod_macs",
     "raise_host",
     "raise_shaper",

@@ -58,15 +58,16 @@ def netns_cookie(fd: int) -> int:
 
     Its inode number, in contrast, is given again as soon as it is gone. Linux 5.14; 0 before. Raises KernelError.
     """
+    return in_netns(fd, own_netns_cookie)
 
-    def read() -> int:
-        with socket.socket(socket.AF_UNIX) as inhabitant:
-            try:
-                return int.from_bytes(inhabitant.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
-            except OSError:
-                return 0
 
-    return in_netns(fd, read)
+def own_netns_cookie() -> int:
+    """Return the same of the one that the calling thread lives in."""
+    with socket.socket(socket.AF_UNIX) as inhabitant:
+        try:
+            return int.from_bytes(inhabitant.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
+        except OSError:
+            return 0
 
 
 def same_netns(fd: int) -> bool:

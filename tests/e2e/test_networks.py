@@ -94,6 +94,25 @@ def test_chain_with_portmap(cluster: Cluster) -> None:
     assert not any(cluster.node.traces().values())
 
 
+def test_own_host_ports(cluster: Cluster) -> None:
+    """A pod's hostPort, by podlane's own configuration, leads world and pods to the pod; a second pod cannot have it.
+
+    It goes with the pod, and then the second one can.
+    """
+    command = [*fetch_command(NODE_ADDRESSES[0])[:-1], f"http://{NODE_ADDRESSES[0]}:8888/"]
+    pod, client = cluster.runtime.run_pod("web", host_ports={8888: 8080}), cluster.runtime.run_pod("client")
+    for each in (client, pod):
+        assert each.exec(command).stdout == "web\n"
+    assert cluster.world.run("busybox", *command).stdout == "web\n"
+    with pytest.raises(CriError, match=r"host port 0\.0\.0\.0:8888/tcp is in use by .*default/web"):
+        cluster.runtime.run_pod("late", host_ports={8888: 8080})
+    pod.remove()
+    late = cluster.runtime.run_pod("late", host_ports={8888: 8080})
+    assert client.exec(command).stdout == "late\n"
+    for each in (late, client):
+        each.remove()
+
+
 def test_what_containerd_says(cluster: Cluster) -> None:
     """2.2: the Kubernetes pod's names come in CNI_ARGS and are in the store; no CHECK comes, and each DEL twice.
 

@@ -7,13 +7,14 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.plan import link_local
-from tests.node.echo import TCP, Server, server, transfer, who
+from tests.node.echo import TCP, UDP, Server, server, transfer, who
 from tests.node.frames import COUNT, ether, packet, send
 from tests.node.machine import LAUNCHER, Machine, Netns, TestPod, machine
 
@@ -161,6 +162,33 @@ def test_portmap(node: Machine, netns: Netns, version: str) -> None:
         assert_reaches_world(netns)
         assert_host_port_leads_to(node, netns, addresses(result))
     assert "8080" not in node.netns.run("sh", "-c", "iptables-save; ip6tables-save").stdout
+
+
+def seen_by_host_ports(node: Machine, chain: Chain, netns: Netns) -> dict[tuple[str, str, str], str]:
+    """Ask a pod's host ports from everywhere but the node; return whom the pod saw, by protocol, address and asker."""
+    seen = {}
+    with attached(chain, netns) as result:
+        other = node.make_pod("other")
+        names = dict.fromkeys(addresses(result), "itself") | dict.fromkeys(other.addresses, "other")
+        for kind, (pod, host) in product((TCP, UDP), zip(addresses(result), NODE, strict=True)):
+            with server(netns, kind, pod, 80):
+                for name, asker in {"world": node.world, "other": other.netns, "itself": netns}.items():
+                    address, _ = who(asker, Server(host, 8080, kind))
+                    seen[kind.name, host, name] = names.get(address, address)
+        node.delete_pod(other)
+    return seen
+
+
+def test_host_ports_as_portmap(node: Machine, netns: Netns) -> None:
+    """Host ports show a pod the same clients whether they are podlane's own or portmap's behind it."""
+    mappings = {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": kind} for kind in ("tcp", "udp")]}
+    native = {**PODLANE, "capabilities": {"portMappings": True}}
+    portmap = Chain(node, PODLANE, PORTMAP, runtime_config=mappings, unchecked=("portmap",))
+    theirs = seen_by_host_ports(node, portmap, netns)
+    before = node.packets()
+    assert seen_by_host_ports(node, Chain(node, native, runtime_config=mappings), netns) == theirs
+    after = node.packets()
+    assert [name for name in ("port_in", "port_local", "port_out") if after[name] == before[name]] == []
 
 
 @versions

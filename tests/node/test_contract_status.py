@@ -95,16 +95,16 @@ def test_delegate(node: Machine) -> None:
 
 
 def test_delegate_that_is_not_there(node: Machine) -> None:
-    """G05: STATUS fails if the delegate is nowhere on CNI_PATH."""
-    assert_refused(status(node, ipam={"type": "nowhere"}), 104, '"nowhere"')
+    """G05, 1.4: STATUS says 50 if the delegate is nowhere on CNI_PATH."""
+    assert_refused(status(node, ipam={"type": "nowhere"}), 50, '"nowhere"')
 
 
 def test_delegate_that_hangs(node: Machine) -> None:
-    """1.4: STATUS is bounded, also where a delegate is not; nobody else waits for that."""
+    """1.4: STATUS is bounded, also where a delegate is not, and says 50; nobody else waits for that."""
     plugin = node.directory / "bin" / "hangs"
     plugin.write_text("#!/bin/sh\nexec sleep 60\n")
     plugin.chmod(0o755)
-    assert_refused(status(node, ipam={"type": "hangs"}), 104, "in time")
+    assert_refused(status(node, ipam={"type": "hangs"}), 50, "in time")
     assert_well(node)
 
 

@@ -149,6 +149,29 @@ def test_delete_with_any_prev_result(it: Container, version: str) -> None:
         assert rows(it.node) == []
 
 
+WRONG: tuple[dict[str, Any], ...] = (
+    {"mtu": "1400"},
+    {"ipam": []},
+    {"dns": 7},
+    {"runtimeConfig": {"portMappings": [{"hostPort": 70000}], "bandwidth": {"ingressRate": "x"}}},
+    {"args": "x", "prevResult": "x"},
+)
+
+
+@versions
+def test_delete_with_a_wrong_configuration(it: Container, version: str) -> None:
+    """1.4: what ADD refuses in the configuration keeps DEL from nothing, be it there since ADD failed, or ADD did not.
+
+    A runtime calls DEL after a failed ADD, too, and a pod for which it fails does not end.
+    """
+    for wrong in WRONG:
+        assert_refused(it.call("ADD", cniVersion=version, **wrong), 7, version=version)
+        it.done("DEL", cniVersion=version, **wrong)
+        it.add(cniVersion=version)
+        it.done("DEL", cniVersion=version, **wrong)
+        assert rows(it.node) == []
+
+
 @versions
 def test_delete_after_failed_add(it: Container, version: str) -> None:
     """1.4: the DEL after a failed ADD has no prevResult, and succeeds."""
@@ -256,7 +279,11 @@ def test_check_tolerates_routes_that_went(it: Container, version: str) -> None:
 
 @versions
 def test_delegate_is_given_everything(it: Container, delegate: Delegate, version: str) -> None:
-    """B43, 1.5: the delegate gets all of stdin, and the variables, as they came, with each command."""
+    """B43, 1.5: the delegate gets all of stdin, and the variables, as they came, with each command.
+
+    Only in the prevResult of CHECK it finds its own address and gateway, where podlane has put others into the result.
+    """
+    delegate.gives({"cniVersion": "1.0.0", "ips": [{"address": "10.66.0.2/24", "gateway": "10.66.0.254"}]})
     given = {"cniVersion": version, "ipam": delegate.ipam, "unknown": {"a": [1.5, "x"]}, "bridge": "cni0"}
     env = {"CNI_ARGS": "IgnoreUnknown=1;A=b"}
     result = it.add(env=env, **given)
@@ -267,6 +294,10 @@ def test_delegate_is_given_everything(it: Container, delegate: Delegate, version
     assert delegate.calls() == commands
     for command in commands:
         added = {} if command == "ADD" else more
+        if command == "CHECK":
+            (ip,) = result["ips"]
+            its = {**result, "ips": [{**ip, "address": "10.66.0.2/24", "gateway": "10.66.0.254"}]}
+            added = {"prevResult": its}
         assert delegate.stdin(command) == {"name": "podlane", "type": "podlane", **given, **added}
         assert delegate.env(command) == {
             "CNI_ARGS": env["CNI_ARGS"],
@@ -298,6 +329,30 @@ def test_many_at_once(node: Machine) -> None:
             assert all(pool.map(lambda it: it.pings(addresses[0]), many[1:]))
             list(pool.map(lambda it: it.done("DEL"), many))
     assert not any(node.traces().values())
+
+
+def test_same_one_at_once(it: Container) -> None:
+    """IO8, H03: of several ADDs of one interface at a time one succeeds, and the others do not touch what it made."""
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(lambda _: it.call("ADD"), range(8)))
+    (result,) = [each.json() for each in outcomes if each.exit_code == 0]
+    for each in outcomes:
+        if each.exit_code:
+            assert_refused(each, 100)
+    assert len(devices(it.node)) == 1
+    it.done("CHECK", prevResult=result)
+    assert it.pings("192.0.2.1")
+
+
+def test_added_and_deleted_at_once(it: Container) -> None:
+    """IO8: whatever order ADDs and DELs of one interface come in, what is left is what the last of them made."""
+    for _ in range(5):
+        with ThreadPoolExecutor(6) as pool:
+            outcomes = list(pool.map(it.call, ["ADD", "DEL"] * 3))
+        assert {each.exit_code for each in outcomes[1::2]} == {0}
+        assert len(rows(it.node)) == len(devices(it.node)) <= 1
+        it.done("DEL")
+        assert not any(it.node.traces().values())
 
 
 @pytest.mark.parametrize("version", WITH_LISTS)

@@ -113,6 +113,10 @@ class Crashes:
         listed = [{"containerID": each, "ifname": "eth0"} for each in valid]
         return self.cni("GC", "", Network(network.name), cniVersion="1.1.0", **{"cni.dev/valid-attachments": listed})
 
+    def status(self, network: Network) -> Outcome:
+        """Ask for STATUS of a network."""
+        return self.cni("STATUS", "", network, cniVersion="1.1.0")
+
     def start_agent(self, command: str, container: str, step: int) -> None:
         """Start an agent that dies just before a step of the given call; before step 0 nobody dies."""
         start_doomed(self.node, command, container, step)
@@ -120,13 +124,15 @@ class Crashes:
     def steps(self, command: str, network: Network = PLAIN, which: Steps = ALL) -> list[int]:
         """Return the steps of a command to die before, learned from one that nobody dies of."""
         self.node.kill_agent()
-        self.start_agent(command, "" if command == "GC" else "counted", 0)
+        self.start_agent(command, "" if command in ("GC", "STATUS") else "counted", 0)
         start = self.node.log.stat().st_size
         pod = self.add("counted", network)
         if command == "CHECK":
             assert self.check(pod, network).exit_code == 0
         if command == "GC":
             assert self.collect(network).exit_code == 0
+        if command == "STATUS":
+            assert self.status(network).exit_code == 0
         self.delete("counted", network)
         log = self.node.log.read_text()[start:]
         labels = re.findall(r"^die_at: step=\d+ is '(.*)'$", log, re.MULTILINE)
@@ -274,6 +280,25 @@ def test_killed_during_check(crashes: Crashes) -> None:
     assert crashes.check(pod, DELEGATED).exit_code == 0
     crashes.delete("checked", DELEGATED)
     crashes.check_clean(set(pod.addresses), DELEGATED)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("crashes", ["auto"], indirect=True)
+def test_killed_during_status(crashes: Crashes) -> None:
+    """An agent that dies of STATUS cannot serve ADD (50); the next one can, and has all pods as they were."""
+    steps = crashes.steps("STATUS", OWN)
+    crashes.start_agent("STATUS", "", steps[0])
+    pod = crashes.add("asked", OWN)
+    for following in [*steps[1:], 0]:
+        outcome = crashes.status(OWN)
+        crashes.finish_off()
+        assert (outcome.exit_code, outcome.stdout) == (0, "") or outcome.json()["code"] == 50
+        crashes.start_agent("STATUS", "", following)
+        assert crashes.held("asked") == set(pod.addresses)
+        assert crashes.node.pings(crashes.witnesses[0], pod.addresses[0], count=1)
+    assert crashes.status(OWN).exit_code == 0
+    crashes.delete("asked", OWN)
+    crashes.check_clean(set(pod.addresses), OWN)
 
 
 @pytest.mark.timeout(900)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -69,3 +72,19 @@ def test_delete_after_a_failed_add(node: Machine, netns: Netns) -> None:
     assert_refused(add(node, netns, **config), 102, "eth0")
     assert traces(node) == before
     delete(node, netns, **config)
+
+
+def test_delete_of_an_add_that_the_agent_never_saw(node: Machine, netns: Netns) -> None:
+    """When ADD and DEL have both given up on an agent that hangs, it does the DEL once it goes on, and no ADD."""
+    assert node.agent is not None
+    before = traces(node)
+    env = {"PODLANE_TIMEOUT_MS": "200"}
+    call = partial(node.cni, container_id=netns.name, netns=str(netns.path), env=env)
+    os.kill(node.agent.pid, signal.SIGSTOP)
+    try:
+        assert_refused(call("ADD"), 11)
+        assert call("DEL").exit_code == 0
+    finally:
+        os.kill(node.agent.pid, signal.SIGCONT)
+    node.wait_for(lambda: "ADD comes too late" in node.log_tail(), "the ADD to be left undone")
+    node.wait_for(lambda: traces(node) == before, "the spooled DEL to be done")

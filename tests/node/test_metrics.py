@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.loop import Tables
-from tests.node.machine import LAUNCHER, Machine, Netns, TestPod, machine
+from tests.node.machine import LAUNCHER, Machine, Netns, Outcome, TestPod, machine
 
 Values = dict[tuple[str, ...], float]
 """The values of one series, by its labels' values."""
@@ -40,6 +40,7 @@ CATALOGUE = {
     "podlane_masquerade_retries": ("counter", set()),
     "podlane_masqueraded_bytes": ("counter", {"direction", "protocol"}),
     "podlane_masqueraded_packets": ("counter", {"direction", "protocol"}),
+    "podlane_pod_info": ("gauge", {"namespace", "pod", "network", "container", "interface", "device"}),
     "podlane_pods": ("gauge", set()),
     "podlane_ready": ("gauge", set()),
     "podlane_repairs": ("counter", {"kind"}),
@@ -107,6 +108,30 @@ def test_pods_and_addresses(node: Machine) -> None:
     assert seen() == expected(3)
     node.delete_pod(third)
     assert seen() == expected(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "namespace", "name"),
+    [
+        ("IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=4a6f", "shop", "web-0"),
+        ('IgnoreUnknown=1;K8S_POD_NAME=a "quoted"\nname', "", 'a "quoted"\ufffdname'),
+        ("", "", ""),
+    ],
+)
+def test_names(node: Machine, arguments: str, namespace: str, name: str) -> None:
+    """Whose a device is stands there with Kubernetes' names, as CNI_ARGS had them; they are in the log, too."""
+    netns = node.add_netns("named")
+
+    def call(command: str) -> Outcome:
+        env = {"CNI_ARGS": arguments}
+        return node.cni(command, container_id=netns.name, netns=str(netns.path), env=env)
+
+    device = call("ADD").json()["interfaces"][0]["name"]
+    assert values(node, "podlane_pod_info")[netns.name, device, "eth0", namespace, "podlane", name] == 1
+    assert call("DEL").exit_code == 0
+    assert netns.name not in str(values(node, "podlane_pod_info"))
+    told = [line for line in node.log.read_text().splitlines() if netns.name in line and "released" in line]
+    assert [f"name={namespace}/{name}" in line for line in told] == [bool(namespace)]
 
 
 def test_operations(node: Machine) -> None:

@@ -99,9 +99,10 @@ def test_keys_without_effect(node: Machine, netns: Netns) -> None:
         "macspoofchk": True,
         "enabledad": True,
     }
-    add(node, netns, **keys, vlan=0, promiscMode=False, preserveDefaultVlan=True)  # as if they were not there
+    labels = {"cni": {"labels": [{"key": "app", "value": "web"}]}}
+    add(node, netns, **keys, args=labels, vlan=0, promiscMode=False, preserveDefaultVlan=True)  # these as if absent
     (line,) = [line for line in node.log.read_text().splitlines() if "have no effect" in line and netns.name in line]
-    assert [key for key in keys if f"{key} (" not in line] == []
+    assert [key for key in (*keys, "args.cni.labels") if f"{key} (" not in line] == []
     assert "cni0" not in node.netns.run("ip", "-o", "link").stdout
 
 
@@ -112,7 +113,7 @@ def test_keys_without_effect(node: Machine, netns: Netns) -> None:
         ("vlanTrunk", [{"id": 101}]),
         ("portIsolation", True),
         ("disableContainerInterface", True),
-        ("runtimeConfig", {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "tcp"}]}),
+        ("runtimeConfig", {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "sctp"}]}),
     ],
 )
 def test_refused_by_name(node: Machine, netns: Netns, key: str, value: object) -> None:
@@ -143,6 +144,32 @@ def test_refused_as_the_reference_does(node: Machine, netns: Netns, config: dict
     code, text = refused(call(node, "ADD", netns, **config))
     assert code == 7
     assert message in text
+
+
+@pytest.mark.parametrize(
+    ("subnet", "mtu", "message"),
+    [
+        ("127.0.0.0/24", 0, "no pod can have an address of 127.0.0.0/24"),
+        ("224.0.1.0/24", 0, "224.0.1.0/24"),
+        ("169.254.0.0/16", 0, "169.254.0.0/16"),
+        ("fe80::/64", 0, "fe80::/64"),
+        ("::ffff:10.77.0.0/120", 0, "10.77.0.0"),
+        ("10.77.0.0/24", 67, "mtu 67: IPv4 needs 68 at least"),
+        ("fd77::/64", 1279, "mtu 1279: IPv6 needs 1280 at least"),
+    ],
+)
+def test_no_life_for_a_pod(node: Machine, netns: Netns, subnet: str, mtu: int, message: str) -> None:
+    """What the kernel, or the world, has no place for is refused with code 7, key and value; nothing is left."""
+    before = node.traces()
+    code, text = refused(call(node, "ADD", netns, ipam={"type": "podlane", "subnet": subnet}, mtu=mtu))
+    assert (code, message in text) == (7, True), text
+    assert node.traces() == before
+
+
+@pytest.mark.parametrize("subnet", ["10.77.0.0/24", "fd77::/64"])
+def test_least_mtu(node: Machine, netns: Netns, subnet: str) -> None:
+    """The least MTU that a family has works."""
+    add(node, netns, ipam={"type": "podlane", "subnet": subnet}, mtu=1280 if ":" in subnet else 68)
 
 
 @pytest.mark.parametrize(

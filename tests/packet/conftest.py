@@ -28,7 +28,8 @@ struct endpoint {
     __u16 native;
     __u32 network;
     __u32 shaper;
-    __u32 queued;
+    __u16 queued;
+    __u16 serves;
     EXTRA_MEMBER
 };
 struct counter { __u64 packets; __u64 bytes; };

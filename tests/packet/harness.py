@@ -37,10 +37,10 @@ PASS, DROP, REDIRECT = -1, 2, 7  # TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT
 SENT = {"fwd_local", "fwd_uplink", "fwd_shaped"}
 """Outcomes of what goes past the host stack."""
 
-DELIVERED = {"fwd_inbound", "masq_in"}
+DELIVERED = {"fwd_inbound", "masq_in", "port_in", "port_local"}
 """Outcomes of what goes to a pod, past the host stack if nothing is odd about it."""
 
-CHANGED = SENT | DELIVERED | {"masq_out"}
+CHANGED = SENT | DELIVERED | {"masq_out", "port_out", "port_shaped"}
 """Outcomes of what is not left as it was."""
 
 LARGEST = 3712
@@ -145,7 +145,7 @@ class Rig:
         notes = self.datapath.maps["stack_flows"]
         for key, _ in notes.items():
             notes.delete(key)
-        self.alter_endpoints(via_stack=0, native=0, network=0, shaper=0, queued=0)
+        self.alter_endpoints(via_stack=0, native=0, network=0, shaper=0, queued=0, serves=0)
 
     def alter_endpoints(self, pod: Pod | None = None, **fields: int) -> None:
         """Set fields of the endpoints of one pod, by default of all."""

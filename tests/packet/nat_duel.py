@@ -149,10 +149,9 @@ class Duel:
         maps = self._node.datapath.maps
         for key, flow in list(maps["flows"].items()):
             maps["flows"].update(key, {**flow, "seen": max(flow["seen"] - age, 1), "checked": 0})
-        for key, note in list(maps["inbound"].items()):
-            maps["inbound"].update(key, {**note, "seen": max(note["seen"] - age, 1)})
-        for key, seen in list(maps["conversations"].items()):
-            maps["conversations"].update(key, max(seen - age, 1))
+        for name in ("inbound", "conversations"):
+            for key, note in list(maps[name].items()):
+                maps[name].update(key, {**note, "seen": max(note["seen"] - age, 1)})
 
     def collector_scans(self, times: int = 1) -> None:
         """Let the agent's collector do its scans."""

@@ -6,7 +6,7 @@ import pytest
 from scapy.all import UDP, Packet
 
 from .harness import BROADCAST, PASS, REDIRECT, A, B, arp, datagram, each, ethernet
-from .world import FAMILIES, FAST, Node, address_of, arriving, delivered, from_pod, request
+from .world import FAMILIES, FAST, Node, address_of, answer, arriving, delivered, from_pod, leaving, request
 
 pytestmark = pytest.mark.root
 
@@ -82,3 +82,15 @@ def test_at_the_queue(node: Node, family: int) -> None:
     assert node.entries("stack_flows") == {}
     assert node.to_pod(packet).outcome == "fwd_from_stack"
     assert len(node.entries("stack_flows")) == 1
+
+
+@BY_FAMILY
+def test_to_a_limited_pod(node: Node, family: int) -> None:
+    """What comes to a pod whose answers take the stack takes it as well, so that conntrack sees both directions."""
+    node.alter_endpoints(B, shaper=SHAPER)
+    ran = node.leave(from_pod(family, A, address_of(B, family)) / UDP())
+    assert (ran.outcome, ran.verdict, ran.mark) == ("punt_limited", PASS, 0)
+    ran = node.into(arriving(family, address_of(B, family)) / request("udp", family, 5000))
+    assert (ran.outcome, ran.verdict, ran.mark) == ("fwd_inbound", PASS, 0)
+    replied = leaving(family, address_of(B, family)) / answer("udp", family, 5000)
+    assert node.out(replied, fast=False).outcome == "fwd_reply"

@@ -74,16 +74,14 @@ def converse(node: Node, kind: str, family: int, port: int = IN_RANGE) -> None:
 
 def last_seen(node: Node) -> int:
     """Return when something was last seen of the only inbound flow."""
-    (seen,) = [note["seen"] for note in node.entries("inbound").values()] + [*node.entries("conversations").values()]
-    return int(seen)
+    (note,) = [*node.entries("inbound").values(), *node.entries("conversations").values()]
+    return int(note["seen"])
 
 
 def see(node: Node, time: int) -> None:
     """Pretend that inbound flows were last seen then."""
     node.alter("inbound", seen=time)
-    conversations = node.datapath.maps["conversations"]
-    for key, _ in list(conversations.items()):
-        conversations.update(key, time)
+    node.alter("conversations", seen=time)
 
 
 def knock(node: Node, kind: str, family: int) -> None:

@@ -10,9 +10,12 @@ import pytest
 from scapy.all import UDP, Packet
 
 from agent.datapath.tables import outcomes
+from agent.datapath.testrun import SkBuff
 
 from .conftest import SOURCE
 from .harness import DROP, A, B, Ran, Rig, verdicts_of
+from .test_host_ports import CLIENT, HOST, OWN, publish
+from .test_host_ports_limited import CALL
 from .test_to_pod import EXAMPLES
 from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, delivered, from_pod, leaving, request
 
@@ -53,9 +56,25 @@ def parted(node: Node) -> None:
     node.alter_endpoints(B, network=1)
 
 
+def published(node: Node) -> None:
+    """Give a pod a host port."""
+    publish(node, "udp", 4, pod=B)
+
+
+def called_by_port(node: Node) -> None:
+    """Let an outsider send something to a host port."""
+    published(node)
+    node.into(arriving(4, NODE[4]) / request("udp", 4, CLIENT, to_port=HOST))
+
+
 def limited(node: Node) -> None:
     """Limit what a pod sends: there is no such device, but the verdict is the same."""
     node.alter_endpoints(A, shaper=0x7FFFFFFF)
+
+
+def completed(node: Node, packet: Packet) -> Ran:
+    """Run to_pod on what a limited pod has sent to a host port of another."""
+    return node.run_in(SkBuff(ifindex=node.indexes[B], mark=CALL), packet, program="to_pod")
 
 
 def nothing(_: Node) -> None:
@@ -78,7 +97,12 @@ WORLDLY: dict[str, Example] = {
     "fwd_reply": (called, OUT, leaving(4, A.ipv4) / answer("udp", 4, 5000)),
     "masq_in": (opened, IN, arriving(4, NODE[4]) / answer("udp", 4, PORT)),
     "masq_out": (nothing, OUT, leaving(4, A.ipv4) / UDP()),
+    "port_in": (published, IN, arriving(4, NODE[4]) / UDP(dport=HOST)),
+    "port_local": (published, UP, from_pod(4, A, NODE[4]) / UDP(dport=HOST)),
+    "port_shaped": (nothing, completed, delivered(4, B) / UDP()),
+    "port_out": (called_by_port, OUT, leaving(4, B.ipv4) / answer("udp", 4, CLIENT, to_port=OWN)),
     "punt_fragment": (nothing, IN, arriving(4, NODE[4], **LATER) / bytes(8)),
+    "punt_limited": (lambda node: node.alter_endpoints(B, shaper=7), UP, from_pod(4, A, B.ipv4) / UDP()),
     "punt_no_route": (nothing, UP, from_pod(4, A, UNREACHABLE[4]) / UDP()),
     "punt_reply": (brought, UP, from_pod(4) / answer("udp", 4, 5000)),
     "punt_too_big": (nothing, UP, from_pod(4) / UDP() / bytes(1500)),
@@ -116,7 +140,7 @@ def test_reached_at_an_uplink(node: Node, name: str) -> None:
 
 def test_names_say_the_verdict(rig: Rig) -> None:
     """An outcome's prefix is its verdict; there is no other."""
-    assert {name.partition("_")[0] for name in outcomes(rig.datapath)} == {"fwd", "masq", "punt", "drop"}
+    assert {name.partition("_")[0] for name in outcomes(rig.datapath)} == {"fwd", "masq", "port", "punt", "drop"}
 
 
 def names_in_table(heading: str) -> list[str]:

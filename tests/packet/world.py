@@ -75,6 +75,7 @@ SIZES = {
     "uplinks": 8,
     "node_addresses": 64,
     "prefixes": 64,
+    "host_ports": 64,
     "flows": 256,
     "owners": 256,
     "inbound": 256,
@@ -84,7 +85,7 @@ SIZES = {
 }
 """Of the maps, in entries."""
 
-_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes")
+_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes", "host_ports")
 
 
 class Node(Rig):

@@ -110,7 +110,7 @@ def answering(reply: bytes) -> Behaviour:
     """Return an agent that reads the request and answers with exactly these bytes."""
 
     def behave(connection: socket.socket) -> None:
-        request = wire.receive(connection)
+        request = wire.receive(connection, 30)
         if request.netns is not None:
             os.close(request.netns)
         connection.sendall(reply)
@@ -120,7 +120,7 @@ def answering(reply: bytes) -> Behaviour:
 
 def silent(connection: socket.socket) -> None:
     """Take the whole request, and answer only by outliving the launcher."""
-    wire.receive(connection)
+    wire.receive(connection, 30)
     wait_for_hangup(connection)
 
 

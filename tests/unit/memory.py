@@ -24,25 +24,35 @@ from agent.state import (
     Endpoint,
     Gateway,
     Hook,
+    HostPort,
     HostRoute,
     KernelError,
     Lanes,
     Neighbour,
     Network,
+    PodPort,
     Queue,
     Settings,
     Sources,
     State,
     Uplink,
 )
-from agent.store import Netns, Phase, Pod, Store, Subnet
+from agent.store import Netns, Phase, Pod, Published, Store, Subnet
 from cni.call import Attachment
 from cni.netconf import Bandwidth
 
 K = TypeVar("K")
 V = TypeVar("V")
 NAMES = tuple(each.name for each in fields(State))
-POD_TABLES = ("queues", "endpoints", "hooks", "neighbours", "gateways", "routes")  # with entries for every pod
+POD_TABLES = (
+    "queues",
+    "endpoints",
+    "host_ports",
+    "hooks",
+    "neighbours",
+    "gateways",
+    "routes",
+)  # with entries for all pods
 SECONDS = 30.0  # until a test that waits for something gives up
 
 
@@ -52,7 +62,9 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, 8, "drop", True)),
     "prefixes": (ip_network("192.0.2.0/24"), Lanes(native=True, stack=True)),
     "node_addresses": (ip_address("192.0.2.1"), 0),
+    "host_ports": (HostPort(ip_address("192.0.2.1"), 99, 6), PodPort(ip_address("192.0.2.1"), 99)),
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
+    "sockets": ("strange4", 1),
     "uplinks": (99, Sources()),
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "gateways": (Gateway(ip_address("192.0.2.1"), 99), 0),
@@ -73,6 +85,7 @@ LIMITS = Bandwidth(ingressRate=8000, ingressBurst=80000, egressRate=8000, egress
 
 
 OUTSIDE = Outside(
+    sockets={"connect4": 7, "connect6": 7},
     uplinks={f"eth{number}": Uplink(number + 2, Sources(IPv4Address(f"198.51.100.{number}"))) for number in (0, 1)},
     node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
     prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
@@ -198,7 +211,9 @@ class World:
             settings=MemoryTable[int, Settings]("settings", self.journal),
             prefixes=MemoryTable[Network, Lanes]("prefixes", self.journal),
             node_addresses=MemoryTable[Address, int]("node_addresses", self.journal),
+            host_ports=MemoryTable[HostPort, PodPort]("host_ports", self.journal),
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
+            sockets=MemoryTable[str, int]("sockets", self.journal),
             uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             gateways=MemoryTable[Gateway, int]("gateways", self.journal),
@@ -208,6 +223,7 @@ class World:
         self.devices = MemoryDevices(self.journal)
         self.repairs: Counter[str] = Counter()
         self.to_settle = 0
+        self._last_port = 0
         self.outside = OUTSIDE
         self.loop = Loop(
             store=self.store,
@@ -260,7 +276,11 @@ class World:
         it = Attachment("net", name, "eth0")
         mac = "02:" + hashlib.sha256(name.encode()).digest()[:5].hex(":")
         device = f"pl-{name}"
-        pod = self.store.reserve(it, device=device, mac=mac, mtu=1500, netns=Netns("/x", "4:1"), limits=LIMITS)
+        self._last_port += 1
+        published = [Published(HostPort(ip_address("0.0.0.0"), self._last_port, 6), 80)]  # noqa: S104
+        pod = self.store.reserve(
+            it, device=device, mac=mac, mtu=1500, netns=Netns("/x", "4:1"), published=published, limits=LIMITS
+        )
         self.store.assign(it, (), SUBNETS)
         pod = replace(pod, subnets=SUBNETS)
         self.devices.create(device)

@@ -86,6 +86,7 @@ def test_everything_can_be_set(file: Path) -> None:
         ("mtuu: 1", "mtuu: Extra inputs are not permitted (given: 1)"),
         ("paths: {sokcet: /x}", "paths.sokcet: Extra inputs are not permitted (given: '/x')"),
         ("ranges: [{subnet: 10.0.0.0/8, lats: 10.0.0.1}]", "ranges.0.lats: Extra inputs are not permitted"),
+        ("ranges: [{subnet: 169.254.0.0/16}]", "ranges.0: no pod can have an address of 169.254.0.0/16"),
         ("ranges: []", "ranges: give at least one subnet (given: [])"),
         ("ranges: [{}]", "ranges.0.subnet: Field required (given: {})"),
         ("ranges: 10.0.0.0/24", "ranges: Input should be a valid list (given: '10.0.0.0/24')"),

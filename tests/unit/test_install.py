@@ -50,7 +50,10 @@ def test_conflist(tmp_path: Path) -> None:
         "cniVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"],
         "name": "cluster-net",
         "plugins": [
-            {"type": "podlane", "capabilities": {"ips": True, "mac": True, "ipRanges": True, "bandwidth": True}}
+            {
+                "type": "podlane",
+                "capabilities": {"ips": True, "mac": True, "ipRanges": True, "portMappings": True, "bandwidth": True},
+            }
         ],
     }
 

@@ -56,7 +56,7 @@ def test_reply_is_passed_on(host: Host, exit_code: int, stdout: bytes) -> None:
     """Output and exit code are those of the agent, byte by byte, up to the limit."""
 
     def behave(connection: socket.socket) -> None:
-        wire.receive(connection)
+        wire.receive(connection, 30)
         wire.reply(connection, wire.Reply(exit_code, stdout))
 
     with listening(host.socket, behave):
@@ -72,7 +72,7 @@ def test_every_command_goes_to_the_agent(host: Host, command: str) -> None:
     commands = []
 
     def behave(connection: socket.socket) -> None:
-        commands.append(wire.receive(connection).env["CNI_COMMAND"])
+        commands.append(wire.receive(connection, 30).env["CNI_COMMAND"])
         wire.reply(connection, wire.Reply(0, b""))
 
     with listening(host.socket, behave):
@@ -109,7 +109,7 @@ def test_request_arrives_whole(host: Host) -> None:
     requests = []
 
     def behave(connection: socket.socket) -> None:
-        request = wire.receive(connection)
+        request = wire.receive(connection, 30)
         assert request.netns is not None
         with os.fdopen(request.netns, "rb") as came, netns.open("rb") as expected:
             requests.append((request, os.path.sameopenfile(came.fileno(), expected.fileno())))
@@ -132,7 +132,7 @@ def test_netns_that_does_not_open(host: Host) -> None:
     received: list[tuple[bool, int]] = []
 
     def behave(connection: socket.socket) -> None:
-        request = wire.receive(connection)
+        request = wire.receive(connection, 30)
         received.append((request.netns is not None, request.netns_errno))
         if request.netns is not None:
             os.close(request.netns)
@@ -181,7 +181,7 @@ def unread(connection: socket.socket) -> None:
 
 def stuck(connection: socket.socket) -> None:
     """Begin an answer, and never end it."""
-    wire.receive(connection)
+    wire.receive(connection, 30)
     connection.sendall(REPLY[:-1])
     wait_for_hangup(connection)
 

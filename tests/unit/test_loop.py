@@ -51,7 +51,7 @@ def test_order(slow: World) -> None:
     chain = ("queues", "endpoints", "hooks", "uplinks", "neighbours")
     assert sorted(chain, key=NAMES.index) == list(chain)
     assert NAMES.index("gateways") < NAMES.index("routes")
-    assert max(map(NAMES.index, ("settings", "prefixes", "node_addresses"))) < NAMES.index("hooks")
+    assert max(map(NAMES.index, ("settings", "prefixes", "node_addresses", "host_ports"))) < NAMES.index("hooks")
 
 
 def test_pass_touches_only_what_differs(slow: World) -> None:
@@ -63,7 +63,7 @@ def test_pass_touches_only_what_differs(slow: World) -> None:
         assert slow.journal == []
         slow.store.begin_release(pod.attachment)
         slow.sync()
-        tables = ("routes", "gateways", "neighbours", "node_addresses", "endpoints", "queues")
+        tables = ("routes", "gateways", "neighbours", "host_ports", "node_addresses", "endpoints", "queues")
         assert slow.journal == [("delete", name) for name in tables]
 
 

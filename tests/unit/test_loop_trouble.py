@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent.pods import shaper_of
-from agent.state import KernelError
+from agent.state import KernelError, PodPort
 from agent.store import Phase
 from tests.unit.memory import FOREIGN, NAMES, POD_TABLES, World
 
@@ -52,6 +52,8 @@ def test_refused_upsert(world: World, name: str, errors: list[str]) -> None:
 
 def is_of(pod: str, world: World, key: object, value: object) -> bool:
     """Say whether an object of a table belongs to that pod."""
+    if isinstance(value, PodPort):
+        return any(each.device == f"pl-{pod}" and value.address in each.addresses for each in world.store.pods())
     index = world.devices.existing[f"pl-{pod}"]
     return index in (key, value, getattr(value, "ifindex", None), getattr(key, "ifindex", None))
 

@@ -22,7 +22,7 @@ import pytest
 from agent import check, netlink, node
 from agent.check import Found
 from agent.node import Node, Readiness
-from agent.state import KernelError
+from agent.state import Address, KernelError
 from agent.store import Phase, Pod
 from cni import wire
 from cni.commands import handle
@@ -66,6 +66,9 @@ class MemoryKernel:
 
     def sync(self, timeout: float, *, full: bool = False) -> None:
         """Everything is in force at once."""
+
+    def refuse_own(self, addresses: Sequence[Address]) -> None:
+        """Have no addresses."""
 
     def check(self, pod: Pod) -> None:
         """Find it in force."""
@@ -176,7 +179,7 @@ def test_announced_bytes_cost_nothing() -> None:
         tracemalloc.start()
         try:
             with pytest.raises(WireError, match="ended 16777216 bytes too early"):
-                wire.receive(here)
+                wire.receive(here, 30)
             assert tracemalloc.get_traced_memory()[1] < 1 << 20
         finally:
             tracemalloc.stop()

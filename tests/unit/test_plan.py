@@ -153,7 +153,7 @@ def test_own_subnets_are_unreachable() -> None:
 
 
 def test_outside() -> None:
-    """An uplink has two programs and its addresses; addresses, prefixes and settings are as they are given."""
+    """An uplink has two programs and its addresses; addresses, prefixes, settings, sockets are as given."""
     settings = Settings(1, 2, 3, 4, 5, 6, 7, 8, "stack", False)
     sources = Sources(IPv4Address("192.0.2.1"), None)
     prefixes: dict[Network, Lanes] = {ip_network("10.0.0.0/8"): Lanes(native=True)}
@@ -162,6 +162,7 @@ def test_outside() -> None:
         node_addresses=frozenset([V4, V6]),
         prefixes=prefixes,
         settings=settings,
+        sockets={"connect4": 7},
     )
     assert plan([], {}, outside=outside) == State(
         settings={0: settings},
@@ -169,6 +170,7 @@ def test_outside() -> None:
         node_addresses={V4: 1, V6: 1},
         hooks={Hook("eth0", "ingress"): Attached(2, "from_uplink"), Hook("eth0", "egress"): Attached(2, "to_uplink")},
         uplinks={2: sources},
+        sockets={"connect4": 7},
     )
 
 

@@ -61,6 +61,8 @@ def test_textbook_configuration_of_bridge() -> None:
         {"preserveDefaultVlan": False},
         {"portIsolation": False, "disableContainerInterface": False},
         {"runtimeConfig": {"portMappings": [], "bandwidth": {}}},
+        {"runtimeConfig": {"portMappings": [{"HostPort": 80, "ContainerPort": 8080, "Protocol": "TCP"}]}},
+        {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "127.0.0.1"}]}},
         {"runtimeConfig": {"bandwidth": {"ingressRate": 0, "ingressBurst": 4294967295}}},
         {"runtimeConfig": {"bandwidth": {"IngressRate": 8, "IngressBurst": 34359738359}}},
     ],
@@ -78,10 +80,21 @@ def test_what_is_served(keys: dict[str, object]) -> None:
         ({"portIsolation": True}, 2, 'unsupported field "portIsolation": true; podlane does not have it'),
         ({"disableContainerInterface": True}, 2, 'unsupported field "disableContainerInterface": true; podlane does'),
         (
-            {"runtimeConfig": {"portMappings": [{"HostPort": 80, "ContainerPort": 8080}]}},
+            {"runtimeConfig": {"portMappings": [{"HostPort": 80, "ContainerPort": 8080, "Protocol": "SCTP"}]}},
             2,
-            'unsupported field "runtimeConfig.portMappings": [{"hostPort": 80, "containerPort": 8080, ',
+            'unsupported field "runtimeConfig.portMappings.protocol": "SCTP"; its checksum covers the ports; allowed',
         ),
+        (
+            {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "169.254.1.1"}]}},
+            2,
+            'unsupported field "runtimeConfig.portMappings.hostIP": "169.254.1.1"; a pod cannot answer from there',
+        ),
+        (
+            {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "10.0.0"}]}},
+            7,
+            "runtimeConfig.portMappings.hostIP",
+        ),
+        ({"runtimeConfig": {"portMappings": [{"containerPort": 80}]}}, 7, "Invalid host port number: 0"),
         (
             {"runtimeConfig": {"bandwidth": {"egressRate": 8000}}},
             7,

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from agent.schema import VERSION
-from agent.store import Netns, Phase, Pod, StoreError
+from agent.state import HostPort
+from agent.store import Netns, Phase, Pod, Published, StoreError
 from cni.call import Attachment
-from tests.unit.stores import addresses, attachment, open_store, reserve
+from cni.netconf import Bandwidth
+from tests.unit.stores import NETNS, addresses, attachment, open_store, reserve
 
 # Dumped from a database that the last agent with schema 1 wrote: three ADDs, one of them deleted, one being deleted.
 SCHEMA_1 = """
@@ -74,6 +76,16 @@ def tables(path: Path) -> list[tuple[str, ...]]:
         db.close()
 
 
+def columns(path: Path) -> dict[str, list[tuple[str, ...]]]:
+    """Return the columns of each table and index: a column that was added later is written elsewhere in its text."""
+    names = [name for _, name, _ in tables(path)]
+    db = sqlite3.connect(path)
+    try:
+        return {name: db.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in names}  # names are our own
+    finally:
+        db.close()
+
+
 def test_schema_1_is_taken_over(old: Path, tmp_path: Path) -> None:
     """Pods, phases, addresses in their order and both rings of a schema 1 database go on in the tables of today."""
     store = open_store(old)
@@ -99,24 +111,39 @@ def test_schema_1_is_taken_over(old: Path, tmp_path: Path) -> None:
     assert tables(old) == tables(tmp_path / "new.db")
 
 
-def test_schema_2_is_taken_over(tmp_path: Path) -> None:
-    """A pod of a schema 2 database, which had no limits, has none."""
+# What turns a database of today into one of an earlier schema.
+EARLIER = {
+    2: "ALTER TABLE attachment DROP COLUMN limits; DROP TABLE host_port",
+    3: "DROP TABLE host_port",
+}
+
+
+@pytest.mark.parametrize("version", EARLIER)
+def test_earlier_schema_is_taken_over(tmp_path: Path, version: int) -> None:
+    """A pod of a database without limits (schema 2) and without host ports (schema 3) has none, and may get some."""
     path = tmp_path / "ipam.db"
     store = open_store(path)
     pod = reserve(store, attachment("a"))
     store.close()
-    with sqlite3.connect(path) as db:
-        db.execute("ALTER TABLE attachment DROP COLUMN limits")
-        db.execute("PRAGMA user_version = 2")
+    db = sqlite3.connect(path)
+    db.executescript(f"{EARLIER[version]}; PRAGMA user_version = {version}")
+    db.close()
     store = open_store(path)
     assert store.pods() == [pod]
-    assert not pod.limits.limits
+    assert (pod.limits.limits, pod.published) == (False, ())
+    added = store.reserve(
+        attachment("b"),
+        device="pl-b",
+        mac="02:00:00:00:00:0b",
+        mtu=1500,
+        netns=NETNS,
+        published=[Published(HostPort(ip_address("192.0.2.1"), 80, 6), 8080)],
+        limits=Bandwidth(ingress_rate=8000, ingress_burst=8000),
+    )
+    assert store.get(added.attachment) == added
     store.close()
-    with sqlite3.connect(path) as db:
-        columns = [row[1:] for row in db.execute("PRAGMA table_info(attachment)")]
     open_store(tmp_path / "new.db").close()
-    with sqlite3.connect(tmp_path / "new.db") as db:
-        assert [row[1:] for row in db.execute("PRAGMA table_info(attachment)")] == columns
+    assert columns(path) == columns(tmp_path / "new.db")
 
 
 def test_failed_migration_changes_nothing(old: Path) -> None:

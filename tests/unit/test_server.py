@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import socket
 import struct
 import threading
@@ -192,10 +193,12 @@ def test_garbage_is_refused(path: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_caller_that_goes_early(path: Path) -> None:
-    """A launcher that was killed while it waited does no harm: its call is done, the next one served."""
-    done = threading.Event()
+    """A launcher that was killed while it was served does no harm: its call is done, the next one served."""
+    begun, gone, done = threading.Event(), threading.Event(), threading.Event()
 
     def handle(request: wire.Request) -> wire.Reply:
+        begun.set()
+        assert gone.wait(30)
         done.set()
         return wire.Reply(0, request.env["N"].encode() * 1_000_000)
 
@@ -203,8 +206,74 @@ def test_caller_that_goes_early(path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(path))
             connection.sendall(wire.encode(REQUEST))
+            assert begun.wait(30)
+        gone.set()
         assert done.wait(30)
         assert len(ask(path)) == 1_000_000
+
+
+def test_caller_that_goes_before_its_turn(path: Path) -> None:
+    """Of launchers that were killed in line the DELs are done, and no ADD: the DEL may have come before it."""
+    release, at_work = threading.Event(), threading.Semaphore(0)
+    served: list[str] = []
+
+    def slow(request: wire.Request) -> wire.Reply:
+        served.append(request.env["N"])
+        at_work.release()
+        assert release.wait(30)
+        return echo(request)
+
+    with serving(path, slow), ThreadPoolExecutor(17) as pool:
+        first = [pool.submit(ask, path) for _ in range(16)]
+        for _ in first:
+            assert at_work.acquire(timeout=30)
+        for command in ("ADD", "DEL"):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(path))
+                connection.sendall(wire.encode(wire.Request({"CNI_COMMAND": command, "N": command}, b"")))
+        last = pool.submit(ask, path, 2)
+        release.set()
+        assert [each.result() for each in (*first, last)] == [b"1" + REQUEST.stdin] * 16 + [b"2" + REQUEST.stdin]
+        assert at_work.acquire(timeout=30)
+        assert at_work.acquire(timeout=30)
+    assert sorted(served) == ["1"] * 16 + ["2", "DEL"]
+
+
+def test_flood_of_connections(path: Path) -> None:
+    """However many connections are open, few of them cost a thread; when they end, the next caller is served."""
+    before = threading.active_count()
+    with serving(path), ThreadPoolExecutor(1) as pool:
+        idle = [socket.socket(socket.AF_UNIX) for _ in range(600)]
+        for connection in idle:
+            connection.connect(str(path))
+        waiting = pool.submit(ask, path)
+        deadline = time.monotonic() + 5
+        while threading.active_count() - before < 512 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert 500 < threading.active_count() - before < 520
+        assert not waiting.done()
+        for connection in idle:
+            connection.close()
+        assert waiting.result() == b"1" + REQUEST.stdin
+
+
+def test_flood_of_descriptors(path: Path) -> None:
+    """An agent without a descriptor left waits for one, and does not burn the processor; then it goes on."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving(path), ThreadPoolExecutor(1) as pool:
+        with socket.socket(socket.AF_UNIX) as connection:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (connection.fileno() + 1, limits[1]))
+            try:
+                connection.connect(str(path))
+                connection.sendall(wire.encode(wire.Request({"CNI_COMMAND": "ADD", "N": "3"}, b"")))
+                spent = time.process_time()
+                time.sleep(0.5)
+                assert time.process_time() - spent < 0.25
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            connection.settimeout(30)
+            assert connection.recv(100).endswith(b"3")
+        assert pool.submit(ask, path).result() == b"1" + REQUEST.stdin
 
 
 def test_bug_in_the_handler(path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -69,6 +71,20 @@ def test_all_that_is_known_of_a_pod_is_kept(path: Path) -> None:
     assert [store.get(attachment(name)) for name in "abc"] == kept
     assert [pod.masquerade for pod in kept] == [None, True, False]
     assert len({*kept, *kept}) == 3  # pods can be in sets
+
+
+def test_named_gateways(path: Path) -> None:
+    """What IPAM called the gateway is kept; a row that was written before it was has none."""
+    store, it = open_store(path), attachment("a")
+    reserve(store, it)
+    subnet = Subnet(ip_network("10.0.0.0/24"), None, named=ip_address("10.0.0.254"))
+    assert store.assign(it, (), (subnet,))
+    assert [(each, each.named) for pod in store.pods() for each in pod.subnets] == [(subnet, subnet.named)]
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("""UPDATE attachment SET subnets = '[["10.0.0.0/24", "10.0.0.1"]]'""")
+    before = Subnet(ip_network("10.0.0.0/24"), ip_address("10.0.0.1"))
+    assert [(each, each.named) for pod in store.pods() for each in pod.subnets] == [(before, None)]
+    store.close()
 
 
 def test_one_address_of_each_pool_in_their_order(path: Path) -> None:

@@ -112,7 +112,7 @@ def test_malformed_requests_are_named(data: bytes, message: str, pair: Pair) -> 
     launcher.sendall(data)
     launcher.shutdown(socket.SHUT_WR)
     with pytest.raises(wire.WireError, match=message.split(":")[0]):
-        wire.receive(agent)
+        wire.receive(agent, 30)
 
 
 @pytest.mark.parametrize("surplus", [b"", b"12"])
@@ -152,7 +152,7 @@ def test_request_arrives_byte_by_byte(pair: Pair) -> None:
 
     sender = threading.Thread(target=dribble)
     sender.start()
-    received = wire.receive(agent)
+    received = wire.receive(agent, 30)
     sender.join()
     assert received == REQUEST
 
@@ -167,7 +167,7 @@ def test_cut_request_is_refused_and_its_descriptor_closed(size: int, pair: Pair)
         launcher.shutdown(socket.SHUT_WR)
         before = open_descriptors()
         with pytest.raises(wire.WireError, match="the connection ended"):
-            wire.receive(agent)
+            wire.receive(agent, 30)
         assert open_descriptors() == before
 
 
@@ -180,7 +180,7 @@ def test_one_descriptor_is_taken_and_the_others_closed(count: int, pair: Pair) -
         socket.send_fds(launcher, [wire.encode(REQUEST)[:20]], descriptors)
         socket.send_fds(launcher, [wire.encode(REQUEST)[20:]], [other.fileno()] * 2)
         before = open_descriptors()
-        received = wire.receive(agent)
+        received = wire.receive(agent, 30)
         assert received.netns is not None
         try:
             assert os.path.sameopenfile(received.netns, netns.fileno())
@@ -207,19 +207,39 @@ def test_descriptor_and_errno_exclude_each_other(
         socket.send_fds(launcher, [data], [netns.fileno()] if with_descriptor else [])
         before = open_descriptors()
         with pytest.raises(wire.WireError, match=message):
-            wire.receive(agent)
+            wire.receive(agent, 30)
         assert open_descriptors() == before
 
 
 def test_silent_launcher_times_out(pair: Pair) -> None:
-    """A launcher that stops in the middle is a WireError once the connection's timeout has passed."""
+    """A launcher that stops in the middle is a WireError once its time is over."""
     launcher, agent = pair
-    agent.settimeout(0.05)
     for part, field in ((b"", "header"), (wire.encode(REQUEST)[:20], "env")):
         launcher.sendall(part)
         with pytest.raises(wire.WireError, match=field) as refused:
-            wire.receive(agent)
+            wire.receive(agent, 0.05)
         assert isinstance(refused.value.__cause__, TimeoutError)
+
+
+def test_slow_launcher_times_out(pair: Pair) -> None:
+    """The time is that of the whole request: a launcher that sends now and then a byte does not get more of it."""
+    launcher, agent = pair
+    stop = threading.Event()
+
+    def drip() -> None:
+        launcher.sendall(header(stdin=wire.STDIN_LIMIT))
+        while not stop.wait(0.01):
+            launcher.sendall(b" ")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        with pytest.raises(wire.WireError, match="stdin: cannot receive the last") as refused:
+            wire.receive(agent, 0.2)
+        assert isinstance(refused.value.__cause__, TimeoutError)
+    finally:
+        stop.set()
+        thread.join(30)
 
 
 def test_reply_bytes(pair: Pair) -> None:

@@ -199,10 +199,10 @@ _RUNTIME_DNS = Difference(
 )
 _PORTS = Difference(
     "`runtimeConfig.portMappings`",
-    "without effect: another plugin of the chain (portmap) reads them",
-    "refused by name (code 2)",
-    "not yet: podlane is to do it by itself",
-    refused("ADD 1", "runtimeConfig.portMappings"),
+    "without effect: portmap, if it is in the chain, reads them",
+    "host ports of podlane's own: a port is one pod's (code 105); SCTP is refused (code 2), and so are the ports for "
+    "masquerading (code 7)",
+    "neither iptables nor conntrack; give `portMappings` as a capability to one of the two plugins",
 )
 _BANDWIDTH = Difference(
     "`runtimeConfig.bandwidth`",
