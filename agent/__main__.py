@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from agent.config import Config, ConfigError, load
 from agent.import_host_local import ImportRefused, import_directory
+from agent.install import InstallError, install_launcher
 from agent.lifecycle import StartError, open_store, run
 from agent.logs import set_up
 from agent.store import StoreError
@@ -32,6 +33,8 @@ def main() -> None:
         _refuse(error)
     if arguments.command == "import":
         _import(config, arguments)
+    elif arguments.command == "install":
+        _install(config)
     else:
         _run(config)
 
@@ -68,6 +71,14 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _install(config: Config) -> None:
+    try:
+        install_launcher(config.paths.launcher, config.paths.cni_bin_dir)
+    except InstallError as error:
+        print(f"podlane-agent: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 def _refuse(error: ConfigError) -> NoReturn:
     print(f"podlane-agent: {error}", file=sys.stderr)
     sys.exit(2)
@@ -87,6 +98,12 @@ def _parse_arguments() -> argparse.Namespace:
     take_over.add_argument("--network", metavar="NAME", help="the network's name; default: that of the directory")
     take_over.add_argument(
         "--ifname", metavar="NAME", default="eth0", help="the interface where old entries do not say it; default: eth0"
+    )
+    commands.add_parser(
+        "install",
+        help="put the launcher where the runtime looks for it, and no more",
+        description="Put the launcher where the runtime looks for it: from then on a DEL succeeds, with or without the "
+        "agent. The agent does the same, and writes the network configuration, once it is ready.",
     )
     return parser.parse_args()
 

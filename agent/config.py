@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from agent.files import HOST
 from agent.ranges import Range
 from agent.state import Network, OtherProtocols
 from cni.document import explain
@@ -170,8 +171,9 @@ class Paths(_Model):
     """The IPAM store and the cache of compiled programs. Must survive a reboot only to start without compiling."""
     spool: Path = Path("/var/lib/podlane/spool")
     """Where the launcher leaves DELs while the agent is away; PODLANE_SPOOL in its environment."""
-    bpffs: Path = Path("/sys/fs/bpf/podlane")
-    """Pinned maps, programs and links; on a mounted bpf file system."""
+    bpffs: Path = HOST / "sys/fs/bpf/podlane"
+    """Pinned maps, programs and links; on a mounted bpf file system. Default: below PODLANE_HOST, if the environment
+    has that, as in a container."""
     cni_conf_dir: Path = Path("/etc/cni/net.d")
     """Where the runtime looks for network configurations."""
     cni_bin_dir: Path = Path("/opt/cni/bin")

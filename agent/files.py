@@ -6,6 +6,10 @@ import os
 import stat
 from pathlib import Path
 
+HOST = Path(os.environ.get("PODLANE_HOST", "/"))
+"""Below which the node's own /proc/sys/net and /sys/fs/bpf are. In a container those places are the container's, the
+first read-only and both closed to it by most AppArmor profiles: the node's are mounted elsewhere."""
+
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
     """Write a file atomically and durably, in place of what was there. Raises OSError.

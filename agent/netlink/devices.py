@@ -113,12 +113,13 @@ def uplink_mtu() -> int:
     return DEFAULT_MTU
 
 
-def enable_forwarding() -> None:
-    """Let the host stack forward between pods and the world. Raises KernelError."""
-    sysctl.ensure("net/ipv4/ip_forward", "1")
+def enable_forwarding() -> dict[str, sysctl.Change]:
+    """Let the host stack forward between pods and the world; return what that changed. Raises KernelError."""
+    changes = sysctl.ensure("net/ipv4/ip_forward", "1")
     if sysctl.ipv6_present():
-        sysctl.keep_router_advertisements()
-        sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
+        changes |= sysctl.keep_router_advertisements()
+        changes |= sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
+    return changes
 
 
 def is_own(link: Link) -> bool:
