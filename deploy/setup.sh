@@ -18,7 +18,7 @@ demo)
 test)
     # podman is another client of CNI, with runc as well.
     packages="$packages containerd runc containernetworking-plugins busybox-static podman
-        iputils-ping iperf3 strace tcpdump prometheus clang-format bpftool iptables procps curl"
+        iputils-ping iperf3 strace tcpdump prometheus clang-format bpftool iptables procps curl mmdebstrap"
     extras="[demo,test,lint]"
     ;;
 *) echo "setup.sh: $for_what: not one of run, demo, test" >&2 && exit 2 ;;
