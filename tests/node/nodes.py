@@ -85,6 +85,12 @@ class Member(Machine):
         self._last = last
         self._address()
 
+    def restart_uplink(self) -> None:
+        """Set the uplink down and up, and give it its addresses and default routes again, as network managers do."""
+        self.netns.run("ip", "link", "set", "uplink", "down")
+        self.netns.run("ip", "link", "set", "uplink", "up")
+        self.move(self._last)
+
     @contextmanager
     def cut(self) -> Iterator[None]:
         """Take its link down at the router's end for the duration: both sides lose the carrier."""
@@ -93,6 +99,19 @@ class Member(Machine):
             yield
         finally:
             self._router.run("ip", "link", "set", self.name, "up")
+
+    @contextmanager
+    def narrowed(self, mtu: int) -> Iterator[None]:
+        """Have its link take less, at both ends, for the duration."""
+        self._set_mtu(mtu)
+        try:
+            yield
+        finally:
+            self._set_mtu(MTU)
+
+    def _set_mtu(self, mtu: int) -> None:
+        self._router.run("ip", "link", "set", self.name, "mtu", str(mtu))
+        self.netns.run("ip", "link", "set", "uplink", "mtu", str(mtu))
 
     def reboot(self, *pods: TestPod) -> None:
         """Take away what a reboot takes: the agent, pods, devices, routes and all that was pinned; no agent runs then.
