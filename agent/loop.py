@@ -30,6 +30,7 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     Queue,
     Settings,
     Sources,
@@ -64,9 +65,11 @@ class Tables:
     neighbours: Table[Neighbour, str]
     gateways: Table[Gateway, int]
     routes: Table[Address, HostRoute]
+    peer_routes: Table[Network, PeerRoute]
     subnets: Table[Network, Literal["unreachable"]]
 
 
+_OF_PEERS = ("prefixes", "peer_routes")
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
 
@@ -87,9 +90,13 @@ class Loop:
         settle: Callable[[], bool],
         subnets: Sequence[Network],
         resync_seconds: float,
-        outside: Callable[[], Outside] = Outside,
+        outside: Callable[[bool], Outside] = lambda _look: Outside(),
     ) -> None:
-        """`outside` tells what the plan is made for; it is asked with every full pass, and may raise KernelError."""
+        """`outside` tells what the plan is made for, and may raise KernelError.
+
+        It is asked with every pass, and told whether to look at the kernel, as in a full pass; what else changes, the
+        cluster, costs it nothing to know.
+        """
         self._store = store
         self._tables = tables
         self._devices = devices
@@ -135,6 +142,12 @@ class Loop:
         """Note that something may have changed behind our back: a full pass follows soon."""
         with self._condition:
             self._full_due = min(self._full_due, time.monotonic() + _FULL_PASS_PAUSE)
+            self._condition.notify_all()
+
+    def wake(self) -> None:
+        """Ask for a pass, not a full one, as when the cluster has changed."""
+        with self._condition:
+            self._requested += 1
             self._condition.notify_all()
 
     @contextmanager
@@ -226,8 +239,9 @@ class Loop:
     def _pass(self, full: bool) -> None:
         pods = [*self._store.pods(), *self._guests]
         before, macs = self._known, self._inside.macs
-        if is_full := full or before is None:
-            self._outside = self._ask_outside()
+        is_full = full or before is None
+        self._outside = self._ask_outside(is_full)
+        if is_full:
             macs = self._upkeep.begin(pods)
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
         known = self._known
@@ -260,10 +274,11 @@ class Loop:
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
                 getattr(known, name).update({k: v for k, v in delta.upsert.items() if k not in failed})
         for name, delta in reversed(deltas.items()):
-            if delta.delete:
-                failed = self._table(name).delete(delta.delete)
+            outdated = delta.delete if self._outside.live or name not in _OF_PEERS else frozenset()
+            if outdated:
+                failed = self._table(name).delete(outdated)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
-                for key in delta.delete - failed.keys():
+                for key in outdated - failed.keys():
                     getattr(known, name).pop(key, None)
         self._failures.update(failures)
 

@@ -18,6 +18,7 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     Queue,
     Settings,
     State,
@@ -34,8 +35,11 @@ class Outside:
 
     uplinks: Mapping[str, Uplink] = field(default_factory=dict)
     node_addresses: frozenset[Address] = frozenset()
-    prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
+    prefixes: dict[Network, Lanes] = field(default_factory=dict)
     settings: Settings | None = None
+    peer_routes: dict[Network, PeerRoute] = field(default_factory=dict)
+    live: bool = True
+    """Whether the cluster's nodes are known; if not, what there is of others stays."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,13 @@ def plan(
     unreachable: the default route would send it away, and the world's routes send it back. Without `subnets` and
     `outside`, the state is what these pods need, no more.
     """
-    inside = inside or Inside()
-    desired = State(subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"))
-    if outside is not None:
-        _plan_outside(desired, outside)
+    inside, outside = inside or Inside(), outside or Outside()
+    desired = State(
+        prefixes=outside.prefixes,  # themselves, not copies: there may be thousands, and the loop compares identities
+        peer_routes=outside.peer_routes,
+        subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"),
+    )
+    _plan_outside(desired, outside)
     for pod in pods:
         ifindex = indexes.get(pod.device)
         if ifindex is None:
@@ -102,7 +109,6 @@ def plan(
 def _plan_outside(desired: State, outside: Outside) -> None:
     if outside.settings is not None:
         desired.settings[0] = outside.settings
-    desired.prefixes.update(outside.prefixes)
     desired.node_addresses.update(dict.fromkeys(outside.node_addresses, 1))
     for device, uplink in outside.uplinks.items():
         desired.uplinks[uplink.ifindex] = uplink.sources

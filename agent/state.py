@@ -15,6 +15,7 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 Direction = Literal["ingress", "egress"]
 Program = Literal["from_pod", "to_pod", "from_uplink", "to_uplink"]
+Routing = Literal["auto", "direct", "vxlan"]
 OtherProtocols = Literal["masquerade", "stack", "drop"]
 
 _U32_MAX = 0xFFFFFFFF
@@ -124,14 +125,28 @@ class Uplink:
 
     ifindex: int
     sources: Sources
+    networks: frozenset[Network] = frozenset()
+    """What is on-link there: the prefixes of its addresses of global scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRoute:
+    """The host's way to another node's pods: the device, and the next hop on it, if it has one."""
+
+    ifindex: int
+    gateway: Address | None = None
+    source: Address | None = None
+    """The node's address there, where it matters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """How packets to a prefix are treated: never masqueraded, and left to the host stack."""
+    """How packets to a prefix are treated."""
 
     native: bool = False
+    """Never masqueraded."""
     stack: bool = False
+    """Left to the host stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +184,7 @@ class State:
     gateways: dict[Gateway, int] = field(default_factory=dict)
     """A set, too."""
     routes: dict[Address, HostRoute] = field(default_factory=dict)
+    peer_routes: dict[Network, PeerRoute] = field(default_factory=dict)
     subnets: dict[Network, Literal["unreachable"]] = field(default_factory=dict)
 
 

@@ -20,6 +20,7 @@ from agent.netlink.devices import (
 from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
+from agent.netlink.peers import PeerRouteTable
 from agent.netlink.pods import (
     InterfaceExists,
     configure_pod,
@@ -41,6 +42,7 @@ __all__ = [
     "InterfaceExists",
     "Monitor",
     "NeighbourTable",
+    "PeerRouteTable",
     "QueueTable",
     "RouteTable",
     "SubnetTable",

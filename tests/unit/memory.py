@@ -29,6 +29,7 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     Queue,
     Settings,
     Sources,
@@ -57,6 +58,7 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "gateways": (Gateway(ip_address("192.0.2.1"), 99), 0),
     "routes": (ip_address("192.0.2.1"), HostRoute(99)),
+    "peer_routes": (ip_network("192.0.2.0/24"), PeerRoute(99)),
     "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
 }
 """One object of each table that belongs to no pod."""
@@ -77,6 +79,10 @@ OUTSIDE = Outside(
     node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
     prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
     settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, 600, "masquerade", False),
+    peer_routes={
+        ip_network("10.0.1.0/24"): PeerRoute(2, gateway=IPv4Address("198.51.100.9")),
+        ip_network("10.0.2.0/24"): PeerRoute(3, gateway=IPv4Address("198.51.100.10")),
+    },
 )
 """What a node sees around it."""
 
@@ -198,6 +204,7 @@ class World:
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             gateways=MemoryTable[Gateway, int]("gateways", self.journal),
             routes=MemoryTable[Address, HostRoute]("routes", self.journal),
+            peer_routes=MemoryTable[Network, PeerRoute]("peer_routes", self.journal),
             subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
         )
         self.devices = MemoryDevices(self.journal)
@@ -211,7 +218,7 @@ class World:
             repaired=lambda kind, count: self.repairs.update({kind: count}),
             settle=self.settle,
             subnets=self.subnets,
-            outside=lambda: self.outside,
+            outside=lambda _look: self.outside,
             resync_seconds=resync_seconds,
         )
 
