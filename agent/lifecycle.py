@@ -34,7 +34,7 @@ from agent.spool import Spool
 from agent.state import KernelError, OtherProtocols
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
-from agent.wiring import Wiring
+from agent.wiring import HOST_MAC, Wiring
 from cni.commands import handle
 from cni.errors import CniError
 
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
+_AT_UPLINKS = ("from_uplink", "to_uplink", "from_tunnel", "to_tunnel")
 _LOCK = "agent.lock"  # within the state directory
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address; one more is the self-test's
 
@@ -134,7 +135,7 @@ def _start(
     loop = _make_loop(config, datapath, store, wiring, outside, metrics)
     nodes = ListedNodes(config, config_path, membership.report)
     readiness.trouble = loop.trouble
-    node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.pod_mtu, readiness=readiness)
     _reserve_ports(config)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
@@ -194,6 +195,7 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
+        tunnel_devices=netlink.TunnelDeviceTable(HOST_MAC),
         queues=netlink.QueueTable(),
         endpoints=entries.EndpointTable(maps["endpoints"]),
         settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
@@ -201,6 +203,7 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
         node_addresses=entries.AddressTable(maps["node_addresses"]),
         hooks=hooks,
         uplinks=entries.UplinkTable(maps["uplinks"]),
+        tunnels=entries.TunnelTable(maps["tunnels"]),
         neighbours=netlink.NeighbourTable(),
         gateways=netlink.GatewayTable(),
         routes=netlink.RouteTable(),
@@ -241,7 +244,7 @@ def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
     if not has_tcx:
         return StagedHooks(first=clsact, final=clsact, other=tcx)
     first = tcx if config.hooks == "tcx" else clsact
-    return StagedHooks(first=first, final=tcx, other=clsact, patient=("from_uplink", "to_uplink"))
+    return StagedHooks(first=first, final=tcx, other=clsact, patient=_AT_UPLINKS)
 
 
 def _delete_strays(store: Store, metrics: Metrics) -> None:

@@ -36,6 +36,8 @@ from agent.state import (
     Sources,
     State,
     Table,
+    TunnelDevice,
+    TunnelEnd,
 )
 from agent.store import Pod, Store
 from agent.upkeep import Devices, Upkeep
@@ -50,11 +52,12 @@ _QUIET = 1.0  # seconds without a request, after which there is time for what ca
 class Tables:
     """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
 
-    Queues come before the endpoints that send through them. Uplinks come after hooks: `from_pod` sends nothing to an
-    uplink before `to_uplink` runs there, nor after it stops. Gateways come before the routes that name them as a
-    source.
+    Devices and queues come before what sends through them. Uplinks and tunnels come after hooks: `from_pod` sends
+    nothing there before `to_uplink` and `to_tunnel` run, nor after they stop. Gateways come before the routes that name
+    them as a source.
     """
 
+    tunnel_devices: Table[str, TunnelDevice]
     queues: Table[int, Queue]
     endpoints: Table[Address, Endpoint]
     settings: Table[int, Settings]
@@ -62,6 +65,7 @@ class Tables:
     node_addresses: Table[Address, int]
     hooks: Table[Hook, Attached]
     uplinks: Table[int, Sources]
+    tunnels: Table[int, TunnelEnd]
     neighbours: Table[Neighbour, str]
     gateways: Table[Gateway, int]
     routes: Table[Address, HostRoute]
@@ -69,7 +73,8 @@ class Tables:
     subnets: Table[Network, Literal["unreachable"]]
 
 
-_OF_PEERS = ("prefixes", "peer_routes")
+_OF_PEERS = ("tunnel_devices", "prefixes", "tunnels", "peer_routes")
+_NOTHING = Outside()
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
 
@@ -90,7 +95,7 @@ class Loop:
         settle: Callable[[], bool],
         subnets: Sequence[Network],
         resync_seconds: float,
-        outside: Callable[[bool], Outside] = lambda _look: Outside(),
+        outside: Callable[[bool], Outside] = lambda _look: _NOTHING,
     ) -> None:
         """`outside` tells what the plan is made for, and may raise KernelError.
 
@@ -247,13 +252,20 @@ class Loop:
         known = self._known
         assert known is not None
         self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs)
-        subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
-        desired = plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
+        desired = self._plan(pods)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)
+        outside = self._ask_outside(False)
+        if outside is not self._outside:  # a device was made, whose index the rest has waited for
+            self._outside = outside
+            self._apply(self._plan(pods), known)
         if is_full:
             self._upkeep.finish()
+
+    def _plan(self, pods: Sequence[Pod]) -> State:
+        subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
+        return plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
 
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
         """Count as repairs the changes that are due now and were not before the kernel was read again."""
@@ -274,7 +286,7 @@ class Loop:
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
                 getattr(known, name).update({k: v for k, v in delta.upsert.items() if k not in failed})
         for name, delta in reversed(deltas.items()):
-            outdated = delta.delete if self._outside.live or name not in _OF_PEERS else frozenset()
+            outdated = delta.delete if self._outside.live else _outdated(name, delta.delete, known)
             if outdated:
                 failed = self._table(name).delete(outdated)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
@@ -285,3 +297,10 @@ class Loop:
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)
         return table
+
+
+def _outdated(name: str, keys: frozenset[Any], known: State) -> frozenset[Any]:
+    """Return what may go before the nodes of the cluster are known: nothing by which this one reaches them."""
+    if name in _OF_PEERS:
+        return frozenset()
+    return frozenset(key for key in keys if name != "hooks" or key.device not in known.tunnel_devices)

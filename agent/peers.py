@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from typing import Literal
@@ -130,12 +130,19 @@ def _way(place: Place, covers: _Covers, node: ClusterNode) -> Way:
             routes[cidr] = route
     own = set(place.addresses)
     addresses = (ip_network(each) for each in node.addresses if each not in own)
-    return Way(lanes, routes, dict(_prefixes((*node.pod_cidrs, *addresses), covers)))
+    peer = _called(place, node)
+    tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
+    prefixes = {
+        network: Lanes(native=True, stack=covers[network].stack, peer=peer, tunnel=tunnels[network.version])
+        for network in (*node.pod_cidrs, *addresses)
+    }
+    return Way(lanes, routes, prefixes)
 
 
-def _prefixes(networks: Iterable[Network], covers: _Covers) -> Iterator[tuple[Network, Lanes]]:
-    for network in networks:
-        yield network, Lanes(native=True, stack=covers[network].stack)
+def _called(place: Place, node: ClusterNode) -> Address | None:
+    """Return the address at which the node is called through the tunnel: its first of a family that this one has."""
+    own = {each.version for each in place.addresses}
+    return next((each for each in node.addresses if each.version in own), None)
 
 
 def _hops(place: Place, node: ClusterNode) -> dict[int, tuple[int, Address]]:

@@ -22,11 +22,23 @@ from agent.state import (
     Queue,
     Settings,
     State,
+    TunnelDevice,
+    TunnelEnd,
     Uplink,
 )
 from agent.store import Phase, Pod, Subnet
 
 _ETHERNET_HEADER = 14  # bytes
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """The tunnel that there should be, and the index of its device, 0 as long as that is not there."""
+
+    name: str
+    device: TunnelDevice
+    end: TunnelEnd
+    ifindex: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Outside:
     node_addresses: frozenset[Address] = frozenset()
     prefixes: dict[Network, Lanes] = field(default_factory=dict)
     settings: Settings | None = None
+    tunnel: Tunnel | None = None
     peer_routes: dict[Network, PeerRoute] = field(default_factory=dict)
     live: bool = True
     """Whether the cluster's nodes are known; if not, what there is of others stays."""
@@ -114,6 +127,16 @@ def _plan_outside(desired: State, outside: Outside) -> None:
         desired.uplinks[uplink.ifindex] = uplink.sources
         desired.hooks[Hook(device, "ingress")] = Attached(uplink.ifindex, "from_uplink")
         desired.hooks[Hook(device, "egress")] = Attached(uplink.ifindex, "to_uplink")
+    if outside.tunnel is not None:
+        _plan_tunnel(desired, outside.tunnel)
+
+
+def _plan_tunnel(desired: State, tunnel: Tunnel) -> None:
+    desired.tunnel_devices[tunnel.name] = tunnel.device
+    if tunnel.ifindex:
+        desired.tunnels[tunnel.ifindex] = tunnel.end
+        desired.hooks[Hook(tunnel.name, "ingress")] = Attached(tunnel.ifindex, "from_tunnel")
+        desired.hooks[Hook(tunnel.name, "egress")] = Attached(tunnel.ifindex, "to_tunnel")
 
 
 def _plan_queues(desired: State, pod: Pod, ifindex: int, indexes: Mapping[str, int]) -> int:

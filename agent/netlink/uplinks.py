@@ -11,7 +11,7 @@ from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_NEWADDR
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
 from agent.netlink.channel import attributes, dump, request
-from agent.netlink.devices import Link, default_route_devices, host_ends, is_own, links
+from agent.netlink.devices import TUNNEL, Link, default_route_devices, host_ends, index, is_own, links
 from agent.netlink.rtnl import ADDRESS, IFA_ADDRESS, IFA_LOCAL, IFLA_INFO_KIND, IFLA_LINKINFO, RT_SCOPE_UNIVERSE, text
 from agent.state import Address, Network, Sources, Uplink
 
@@ -61,7 +61,8 @@ def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
 def node_addresses() -> frozenset[Address]:
     """Return all addresses on all devices, of whatever scope, but podlane's own. Raises KernelError."""
     found = set(assigned_addresses())
-    return frozenset(each.address for each in found - on_host_ends(found))
+    tunnel = index(TUNNEL)
+    return frozenset(each.address for each in found - on_host_ends(found) if each.device != tunnel)
 
 
 def _uplink(number: int, addresses: list[Assigned]) -> Uplink:
