@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv6Network, ip_address, ip_network
+import os
+import socket
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +22,7 @@ from pydantic import (
 
 from agent.files import HOST
 from agent.ranges import Range
-from agent.state import Network, OtherProtocols
+from agent.state import Network, OtherProtocols, Routing
 from cni.document import explain
 
 IPV6_MIN_MTU = 1280  # bytes
@@ -162,6 +164,28 @@ class Masquerade(_Model):
         return self
 
 
+class Tunnel(_Model):
+    """How packets to nodes that are not on-link are wrapped: VXLAN over UDP (RFC 7348). The same on all nodes."""
+
+    port: _Port = 4789
+    """UDP port. Default: IANA's, which network cards and tools know. Another tunnel of the host's on the same port
+    (Calico's, Docker Swarm's) must go first, or one of the two needs another port."""
+    vni: Annotated[int, Field(strict=True, ge=1, lt=1 << 24)] = 112
+    """The network's number in the tunnel: two clusters with the same one must not reach each other's port. Default: not
+    what others have by default (flannel 1, Calico 4096)."""
+
+
+class ListedNode(_Model):
+    """A node of a cluster that has no Kubernetes to tell of it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """That by which it calls itself (`node_name`)."""
+    addresses: Annotated[tuple[IPv4Address | IPv6Address, ...], Field(min_length=1)]
+    """Its own, at which other nodes reach it; of each family the first."""
+    pod_cidrs: tuple[Prefix, ...] = ()
+    """Where its pods have their addresses from."""
+
+
 class Paths(_Model):
     """Where the agent keeps and finds its files; change them to run several agents on one machine."""
 
@@ -202,8 +226,22 @@ class Config(_Model):
     sticky: bool = False
     """Give a pod the addresses again that the last one of its namespace and name had, where they are free. Default: an
     address rests as long as possible, since others may still remember whose it was."""
+    node_name: Annotated[str, Field(min_length=1)] = Field(
+        default_factory=lambda: os.environ.get("NODE_NAME") or socket.gethostname()
+    )
+    """The node's name in its cluster. Default: the environment's NODE_NAME, else the host's name."""
+    nodes: tuple[ListedNode, ...] = ()
+    """All nodes of the cluster, this one among them, where no Kubernetes tells of them. This key is read again when the
+    file changes; the list may be the same on all nodes. Default: the node is alone."""
+    routing: Routing = "auto"
+    """How pods' packets get to other nodes. "direct": as they are, so the nodes, or the routers between them, must know
+    the way; "vxlan": wrapped in UDP; "auto": direct to the nodes that are on-link, wrapped to the others. Default: what
+    works in any network."""
+    tunnel: Tunnel = Tunnel()
+    """How they are wrapped. Default: the usual port."""
     mtu: Annotated[int, Field(strict=True, ge=0, le=65535), AfterValidator(_check_mtu)] = 0
-    """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting."""
+    """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting; in a
+    cluster, unless `routing` is "direct", less what wrapping adds (50 bytes over IPv4, 70 over IPv6)."""
     hooks: Literal["auto", "tcx", "clsact"] = "auto"
     """How programs are attached. Default: tcx where the kernel has it (6.6), since its links are pinned and swapped
     atomically; else clsact filters."""
@@ -234,6 +272,21 @@ class Config(_Model):
                     raise ValueError(f"{one.subnet} and {other.subnet} overlap")
         return ranges
 
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Config:
+        names = [each.name for each in self.nodes]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"nodes: {', '.join(sorted(twice))} is there twice")
+        for own in (each for each in self.nodes if each.name == self.node_name):
+            for subnet in (each.subnet for each in self.ranges):
+                if not any(_is_within(subnet, cidr) for cidr in own.pod_cidrs):
+                    raise ValueError(f"nodes: pod_cidrs of {own.name}, which is this node, lack its range {subnet}")
+        return self
+
+
+def _is_within(network: Network, other: Network) -> bool:
+    return network.version == other.version and network.prefixlen >= other.prefixlen and network.overlaps(other)
+
 
 def load(path: Path) -> Config:
     """Read and validate a configuration file. Raises ConfigError."""
@@ -258,8 +311,10 @@ def _allowed_keys(error: ValidationError) -> str:
     models: dict[str, type[BaseModel]] = {
         "": Config,
         "masquerade.": Masquerade,
+        "nodes.*.": ListedNode,
         "paths.": Paths,
         "ranges.*.": Subnet,
+        "tunnel.": Tunnel,
     }
     keys = (f"{prefix}{name}" for prefix, model in models.items() for name in model.model_fields)
     return f"; the keys are {', '.join(keys)}"

@@ -20,7 +20,8 @@ _LEAST_INBOUND = 1 << 14
 _FRAGMENTS = 1 << 13  # datagrams under way at a time
 _UPLINKS = 1 << 8
 _NODE_ADDRESSES = 1 << 14  # services have theirs on the node where kube-proxy uses IPVS
-_PREFIXES = 1 << 14
+_PREFIXES = 1 << 16  # 5,000 nodes, with two addresses and two pod CIDRs each, three times over
+_TUNNELS = 8  # there is one, but for the moment in which it is made anew
 
 
 def settings(masquerade: Masquerade) -> Settings:
@@ -98,6 +99,7 @@ def map_sizes(masquerade: Masquerade, memory: int) -> dict[str, int]:
         "stack_flows": max(flows // 4, _LEAST_NOTES),
         "fragments": _FRAGMENTS,
         "uplinks": _UPLINKS,
+        "tunnels": _TUNNELS,
         "node_addresses": _NODE_ADDRESSES,
         "prefixes": _PREFIXES,
     }

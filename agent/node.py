@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_interface
@@ -33,8 +33,10 @@ _DEL_SECONDS = 8.0
 class Node:
     """Implements `cni.commands.Node`. Thread-safe."""
 
-    def __init__(self, *, store: Store, wiring: Wiring, loop: Loop, mtu: int, readiness: Readiness) -> None:
-        """`mtu` is the configured one in bytes; 0 means that of the uplink at the time of each ADD."""
+    def __init__(
+        self, *, store: Store, wiring: Wiring, loop: Loop, mtu: Callable[[], int], readiness: Readiness
+    ) -> None:
+        """`mtu` tells that of pods in bytes, unless their network's configuration does; it may raise KernelError."""
         self._store = store
         self._wiring = wiring
         self._loop = loop
@@ -76,7 +78,7 @@ class Node:
                 call.attachment,
                 device=device_name(call.attachment),
                 mac=call.requested_mac or pod_mac(call.attachment),
-                mtu=call.config.mtu or self._mtu or netlink.uplink_mtu(),
+                mtu=call.config.mtu or self._mtu(),
                 netns=Netns(call.netns_path, netns_id(netns)),
                 pools=source.pools,
                 requested=source.requested,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Generic, TypeVar
 
-from ..state import Address, Endpoint, KernelError, Lanes, Network, Settings, Sources
+from ..state import Address, Endpoint, KernelError, Lanes, Network, Settings, Sources, TunnelEnd
 from .layout import Value
 from .maps import Map
 
@@ -81,20 +81,13 @@ class UplinkTable(MapTable[int, Sources]):
         return int(raw)
 
     def _value(self, raw: Value) -> Sources:
-        ipv4, ipv6 = to_address(raw["ipv4"]), to_address(raw["ipv6"])
-        return Sources(
-            ipv4=ipv4 if isinstance(ipv4, IPv4Address) else None,
-            ipv6=ipv6 if isinstance(ipv6, IPv6Address) and int(ipv6) else None,
-        )
+        return to_sources(raw)
 
     def _raw_key(self, key: int) -> Value:
         return key
 
     def _raw_value(self, value: Sources) -> Value:
-        return {
-            "ipv4": from_address(value.ipv4) if value.ipv4 else _NOBODY,
-            "ipv6": from_address(value.ipv6) if value.ipv6 else _NOBODY,
-        }
+        return from_sources(value)
 
 
 class AddressTable(MapTable[Address, int]):
@@ -113,6 +106,24 @@ class AddressTable(MapTable[Address, int]):
         return value
 
 
+class TunnelTable(MapTable[int, TunnelEnd]):
+    """The map `tunnels`: the tunnel's device, by index."""
+
+    def _key(self, raw: Value) -> int:
+        return int(raw)
+
+    def _value(self, raw: Value) -> TunnelEnd:
+        sources = to_sources(raw)
+        return TunnelEnd(raw["vni"], raw["mtu"], raw["mac"].hex(":"), sources.ipv4, sources.ipv6)
+
+    def _raw_key(self, key: int) -> Value:
+        return key
+
+    def _raw_value(self, value: TunnelEnd) -> Value:
+        mac = bytes.fromhex(value.mac.replace(":", ""))
+        return {"vni": value.vni, "mtu": value.mtu, "mac": mac, **from_sources(Sources(value.ipv4, value.ipv6))}
+
+
 class PrefixTable(MapTable[Network, Lanes]):
     """The map `prefixes`; `native` and `stack` are the bits that lanes have in it."""
 
@@ -128,14 +139,26 @@ class PrefixTable(MapTable[Network, Lanes]):
         return ip_network((address, length))
 
     def _value(self, raw: Value) -> Lanes:
-        return Lanes(native=bool(raw & self._native), stack=bool(raw & self._stack))
+        peer = to_address(raw["peer"])
+        return Lanes(
+            native=bool(raw["kind"] & self._native),
+            stack=bool(raw["kind"] & self._stack),
+            peer=peer if int(peer) else None,
+            tunnel=raw["tunnel"],
+            mtu=raw["mtu"],
+        )
 
     def _raw_key(self, key: Network) -> Value:
         length = key.prefixlen + (_MAPPED_BITS if key.version == 4 else 0)
         return {"length": length, "address": from_address(key.network_address)}
 
     def _raw_value(self, value: Lanes) -> Value:
-        return value.native * self._native | value.stack * self._stack
+        return {
+            "peer": from_address(value.peer) if value.peer else _NOBODY,
+            "tunnel": value.tunnel,
+            "mtu": value.mtu,
+            "kind": value.native * self._native | value.stack * self._stack,
+        }
 
 
 class SettingsTable(MapTable[int, Settings]):
@@ -181,3 +204,20 @@ def to_address(raw: Value) -> Address:
     """Return the address in a decoded `struct addr`."""
     address = IPv6Address(struct.pack("=4I", *raw["word"]))
     return address.ipv4_mapped or address
+
+
+def from_sources(sources: Sources) -> dict[str, Value]:
+    """Return the fields `ipv4` and `ipv6` of a C struct."""
+    return {
+        "ipv4": from_address(sources.ipv4) if sources.ipv4 else _NOBODY,
+        "ipv6": from_address(sources.ipv6) if sources.ipv6 else _NOBODY,
+    }
+
+
+def to_sources(raw: Value) -> Sources:
+    """Return what is in those fields."""
+    ipv4, ipv6 = to_address(raw["ipv4"]), to_address(raw["ipv6"])
+    return Sources(
+        ipv4=ipv4 if isinstance(ipv4, IPv4Address) else None,
+        ipv6=ipv6 if isinstance(ipv6, IPv6Address) and int(ipv6) else None,
+    )

@@ -10,6 +10,7 @@ from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
     ALIAS_PREFIX,
     NAME_PREFIX,
+    TUNNEL,
     delete_device,
     devices,
     enable_forwarding,
@@ -20,6 +21,7 @@ from agent.netlink.devices import (
 from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
+from agent.netlink.peers import PeerRouteTable
 from agent.netlink.pods import (
     InterfaceExists,
     configure_pod,
@@ -31,19 +33,23 @@ from agent.netlink.pods import (
 from agent.netlink.shaping import QueueTable, create_shaper, raise_shaper, shapers
 from agent.netlink.sysctl import reserve_ports
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
+from agent.netlink.tunnel import TunnelDeviceTable, tunnel_index
 from agent.netlink.uplinks import node_addresses, uplinks
 
 __all__ = [
     "ALIAS_PREFIX",
     "NAME_PREFIX",
+    "TUNNEL",
     "ClsactHooks",
     "GatewayTable",
     "InterfaceExists",
     "Monitor",
     "NeighbourTable",
+    "PeerRouteTable",
     "QueueTable",
     "RouteTable",
     "SubnetTable",
+    "TunnelDeviceTable",
     "configure_pod",
     "create_pair",
     "create_shaper",
@@ -63,6 +69,7 @@ __all__ = [
     "reserve_ports",
     "same_netns",
     "shapers",
+    "tunnel_index",
     "uplink_mtu",
     "uplinks",
 ]

@@ -73,6 +73,7 @@ NATIVE, STACK = 1, 2
 SIZES = {
     "endpoints": 64,
     "uplinks": 8,
+    "tunnels": 2,
     "node_addresses": 64,
     "prefixes": 64,
     "flows": 256,
@@ -117,7 +118,9 @@ class Node(Rig):
         """Give a prefix lanes of its own."""
         parsed = ip_network(network)
         length = parsed.prefixlen + (96 if parsed.version == 4 else 0)
-        self.datapath.maps["prefixes"].update({"length": length, "address": word(parsed.network_address)}, lanes)
+        self.datapath.maps["prefixes"].update(
+            {"length": length, "address": word(parsed.network_address)}, {"kind": lanes}
+        )
 
     def leave(self, packet: Packet | bytes, *, pod: Pod = A, gso_size: int = 0) -> Ran:
         """Run from_pod on what a pod sends."""
