@@ -20,6 +20,7 @@ from agent.install import InstallError, install_launcher
 from agent.lifecycle import StartError, open_store, run
 from agent.logs import set_up
 from agent.store import StoreError
+from agent.uninstall import UninstallFailed, UninstallRefused, uninstall
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def main() -> None:
         _import(config, arguments)
     elif arguments.command == "install":
         _install(config)
+    elif arguments.command == "uninstall":
+        _uninstall(config, force=arguments.force)
     else:
         _run(config, arguments.config)
 
@@ -79,6 +82,14 @@ def _install(config: Config) -> None:
         sys.exit(1)
 
 
+def _uninstall(config: Config, *, force: bool) -> None:
+    try:
+        uninstall(config, force=force, removed=lambda what: print(f"removed {what}"))
+    except (UninstallRefused, UninstallFailed) as error:
+        print(f"podlane-agent: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 def _refuse(error: ConfigError) -> NoReturn:
     print(f"podlane-agent: {error}", file=sys.stderr)
     sys.exit(2)
@@ -105,6 +116,12 @@ def _parse_arguments() -> argparse.Namespace:
         description="Put the launcher where the runtime looks for it: from then on a DEL succeeds, with or without the "
         "agent. The agent does the same, and writes the network configuration, once it is ready.",
     )
+    remove = commands.add_parser(
+        "uninstall",
+        help="remove all that podlane has put on this node",
+        description="Remove devices, programs, maps, routes, changed settings and files. The agent must not run.",
+    )
+    remove.add_argument("--force", action="store_true", help="also while pods are attached: they are cut off")
     return parser.parse_args()
 
 

@@ -33,6 +33,15 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
         os.close(directory)
 
 
+def remove_file(path: Path) -> bool:
+    """Remove a file, and say whether it was there. Raises OSError."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read_regular(path: Path, limit: int) -> bytes:
     """Return a regular file's first `limit` bytes, and of no other kind anything. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO may never have a writer

@@ -21,6 +21,7 @@ from agent.datapath.source import CompileError
 from agent.gc import SelfGc
 from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
+from agent.journal import Journal
 from agent.listed import ListedNodes
 from agent.loop import Loop, Tables
 from agent.membership import Membership
@@ -63,7 +64,7 @@ def run(config: Config, version: str, stop: threading.Event, config_path: Path |
     metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:
         try:
-            _lock_state(config.paths.state, cleanup)
+            lock_state(config.paths.state, cleanup)
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             chores, scratch = _start(config, config_path, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
@@ -84,15 +85,23 @@ def open_store(config: Config) -> Store:
     return Store(
         config.paths.state / "ipam.db",
         [each.range() for each in config.ranges],
-        boot_id=_BOOT_ID.read_text().strip(),
+        boot_id=boot_id(),
         exclude=config.exclude,
         reserved=config.reserved,
         sticky=config.sticky,
     )
 
 
-def _lock_state(directory: Path, cleanup: ExitStack) -> None:
-    """Keep a second agent off the state directory; the kernel unlocks it however this one ends. Raises OSError."""
+def boot_id() -> str:
+    """Return what tells this boot of the machine from all others."""
+    return _BOOT_ID.read_text().strip()
+
+
+def lock_state(directory: Path, cleanup: ExitStack) -> None:
+    """Keep others off the state directory until `cleanup`; the kernel unlocks it however this process ends.
+
+    Raises OSError, and StartError if another agent is at work.
+    """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / _LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -123,7 +132,8 @@ def _start(
 
     Returns what is to be done time and again, and the pod of the self-test.
     """
-    netlink.enable_forwarding()
+    journal = Journal(config.paths.state, boot_id())
+    journal.note(netlink.enable_forwarding())
     datapath = _load_datapath(config, metrics)
     cleanup.callback(datapath.close)
     store = open_store(config)
@@ -136,7 +146,7 @@ def _start(
     nodes = ListedNodes(config, config_path, membership.report)
     readiness.trouble = loop.trouble
     node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.pod_mtu, readiness=readiness)
-    _reserve_ports(config)
+    _reserve_ports(config, journal)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
     _delete_strays(store, metrics)
@@ -212,9 +222,10 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     )
 
 
-def _reserve_ports(config: Config) -> None:
+def _reserve_ports(config: Config, journal: Journal) -> None:
     first, last = config.masquerade.first_port, config.masquerade.last_port
-    if config.masquerade.enabled and netlink.reserve_ports(first, last):
+    if config.masquerade.enabled and (changes := netlink.reserve_ports(first, last)):
+        journal.note(changes)
         log.info("reserved for masquerading, in net.ipv4.ip_local_reserved_ports, ports=%d-%d", first, last)
 
 

@@ -16,6 +16,7 @@ from agent.netlink.devices import (
     enable_forwarding,
     fallen_devices,
     index,
+    own_devices,
     uplink_mtu,
 )
 from agent.netlink.ends import pod_macs
@@ -31,7 +32,8 @@ from agent.netlink.pods import (
     raise_host,
 )
 from agent.netlink.shaping import QueueTable, create_shaper, raise_shaper, shapers
-from agent.netlink.sysctl import reserve_ports
+from agent.netlink.sysctl import Change, reserve_ports
+from agent.netlink.sysctl import restore as restore_sysctls
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
 from agent.netlink.tunnel import TunnelDeviceTable, tunnel_index
 from agent.netlink.uplinks import node_addresses, uplinks
@@ -40,6 +42,7 @@ __all__ = [
     "ALIAS_PREFIX",
     "NAME_PREFIX",
     "TUNNEL",
+    "Change",
     "ClsactHooks",
     "GatewayTable",
     "InterfaceExists",
@@ -63,10 +66,12 @@ __all__ = [
     "is_netns",
     "netns_cookie",
     "node_addresses",
+    "own_devices",
     "pod_macs",
     "raise_host",
     "raise_shaper",
     "reserve_ports",
+    "restore_sysctls",
     "same_netns",
     "shapers",
     "tunnel_index",

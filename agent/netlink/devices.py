@@ -73,6 +73,11 @@ def devices() -> dict[str, int]:
     return {link.name: link.index for link in host_ends()}
 
 
+def own_devices() -> list[str]:
+    """Return the names of all of podlane's devices: host ends, shapers, the tunnel. Raises KernelError."""
+    return [link.name for link in links() if is_own(link)]
+
+
 def fallen_devices() -> set[str]:
     """Return the names of those host ends, and of shapers, that are administratively down. Raises KernelError."""
     return {link.name for kind in ("veth", "ifb") for link in own_links(kind) if not link.flags & IFF_UP}
