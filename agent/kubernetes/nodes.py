@@ -36,33 +36,33 @@ class _Struct(msgspec.Struct, rename="camel", frozen=True):
     """What is not named here is skipped; what is null in the answer counts as absent."""
 
 
-class _Metadata(_Struct):
+class _Metadata(_Struct, frozen=True):
     name: str = ""
     creation_timestamp: str | None = None
     resource_version: str = ""
 
 
-class _Spec(_Struct):
+class _Spec(_Struct, frozen=True):
     pod_cidrs: tuple[str, ...] | None = msgspec.field(name="podCIDRs", default=None)
     taints: tuple[dict[str, Any], ...] | None = None
 
 
-class _NodeAddress(_Struct):
+class _NodeAddress(_Struct, frozen=True):
     type: str = ""
     address: str = ""
 
 
-class _Condition(_Struct):
+class _Condition(_Struct, frozen=True):
     type: str = ""
     status: str = ""
 
 
-class _Status(_Struct):
+class _Status(_Struct, frozen=True):
     addresses: tuple[_NodeAddress, ...] | None = None
     conditions: tuple[_Condition, ...] | None = None
 
 
-class _Node(_Struct):
+class _Node(_Struct, frozen=True):
     metadata: _Metadata
     spec: _Spec = _Spec()
     status: _Status = _Status()
@@ -83,22 +83,22 @@ class _Node(_Struct):
         )
 
 
-class _ListMetadata(_Struct):
+class _ListMetadata(_Struct, frozen=True):
     resource_version: str = ""
     continue_: str = msgspec.field(name="continue", default="")
 
 
-class _Page(_Struct):
+class _Page(_Struct, frozen=True):
     metadata: _ListMetadata
     items: list[_Node] | None = None
 
 
-class _Change(_Struct):
+class _Change(_Struct, frozen=True):
     type: str
     object: msgspec.Raw
 
 
-class _Failure(_Struct):
+class _Failure(_Struct, frozen=True):
     code: int = 0
     message: str = ""
 

@@ -126,7 +126,7 @@ def test_what_others_say_to_the_same_effect_stays(server: ApiServer, told: Told)
 
 def test_a_taint_that_comes_in_between_is_kept(server: ApiServer, told: Told) -> None:
     """If others change the taints while podlane removes its own, the server refuses (409), and theirs are kept."""
-    raced = []
+    raced: list[str] = []
 
     def race_once(verb: str, _query: dict[str, str]) -> None:
         if verb == "PATCH" and not raced:

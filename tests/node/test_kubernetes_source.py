@@ -185,7 +185,7 @@ def test_a_forgotten_version_leads_to_a_new_list(server: ApiServer, following: F
 def test_a_list_that_expires_between_its_pages(server: ApiServer) -> None:
     """A list whose next page the server has forgotten (410) begins anew: no report is made of half of it."""
     server.objects.put(*(numbered(number) for number in range(150)))
-    continued = []
+    continued: list[dict[str, str]] = []
 
     def compact_once(_verb: str, query: dict[str, str]) -> None:
         if "continue" in query and not continued:
