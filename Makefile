@@ -63,6 +63,15 @@ test-node: ready ## Run agent and launcher in network namespaces
 test-e2e: ready ## Run pods in containerd
 	$(PYTEST) tests/e2e
 
+.PHONY: test-kubernetes
+test-kubernetes: setup ## Test podlane on the cluster of KUBECONFIG=…, which runs it already
+	@[ -n "$(KUBECONFIG)" ] || { echo "give KUBECONFIG=…, of a cluster that runs podlane"; exit 2; }
+	PODLANE_TEST_KUBECONFIG=$(KUBECONFIG) $(PYTEST) tests/kubernetes --numprocesses=0
+
+.PHONY: image
+image: ready ## Build the container image, build/podlane.tar
+	$(PYTHON) deploy/image/build.py build/podlane.tar
+
 .PHONY: lint
 lint: setup ## Check style, types, layering and C formatting
 	build/venv/bin/ruff check .
