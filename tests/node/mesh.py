@@ -52,8 +52,8 @@ class Mesh:
 
     @property
     def world(self) -> Party:
-        """The world behind the router."""
-        return Party.of("world", self.nodes.world, WORLD)
+        """The world behind the router, by the families that nodes have addresses of."""
+        return Party.of("world", self.nodes.world, [WORLD[family] for family in self.nodes.families])
 
     def serve(self, stack: ExitStack) -> None:
         """Run the servers."""

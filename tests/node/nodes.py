@@ -154,12 +154,14 @@ class Nodes:
     """The cluster. Nothing runs on its nodes until `start`. `config` is part of every agent's configuration."""
 
     def __init__(self, directory: Path, stack: ExitStack, families: Sequence[int] = BOTH, **config: object) -> None:
+        self.families = families
         self.router, self.world = Netns("router"), Netns("world")
         for netns in (self.router, self.world):
             stack.callback(netns.delete)
         self.router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
         _more_icmp_errors(self.router)
-        self.router.run("ip", "link", "add", "lan", "type", "bridge", "mcast_snooping", "0")
+        bridge = ["address", "02:00:00:00:00:fe"]  # its own address would change with its ports
+        self.router.run("ip", "link", "add", "lan", *bridge, "type", "bridge", "mcast_snooping", "0")
         _give(self.router, "lan", "lan", _ROUTER)
         run("ip", "-n", self.router.name, "link", "add", "out", "type", "veth", "peer", "out", "netns", self.world.name)
         _give(self.router, "out", "out", _ROUTER)

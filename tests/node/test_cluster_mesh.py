@@ -13,7 +13,7 @@ from tests.node.echo import transfer
 from tests.node.internet import forget_mtu
 from tests.node.machine import pings
 from tests.node.mesh import Mesh, Party, mesh
-from tests.node.nodes import BOTH, FAR, PLACES, V6, nodes
+from tests.node.nodes import BOTH, FAR, FIRST, PLACES, V6, nodes
 
 KINDS = {"direct": BOTH, "vxlan": BOTH, "auto": BOTH, "vxlan by IPv6": (V6,), "auto by IPv6": (V6,)}
 """Of cluster: the routing, and the families of the nodes' own addresses. Pods always have both."""
@@ -119,11 +119,11 @@ def test_bulk(it: Mesh, family: int) -> None:
 def test_narrow_link(it: Mesh, family: int) -> None:
     """Where the link to a node takes less than all others, both ends learn it, and all that is sent arrives."""
     first, _, far = it.pods
+    host = it.hosts[FAR]
     with it.nodes.members[FAR].narrowed(NARROW):
-        for one, other in ((first, far), (far, first), (first, it.hosts[FAR]), (it.hosts[FAR], first)):
+        for one, other in ((first, far), (far, first), (first, host), (host, first)):
             if family in one.addresses.keys() & other.addresses.keys():
-                sent, received, _ = transfer(one.netns, other.netns, other.addresses[family], 1 << 20)
-                assert received == sent, f"{one.name} → {other.name}"
+                assert_moved(one, other, family)
     for party in (*it.pods, *it.hosts):
         forget_mtu(party.netns)
 
@@ -134,24 +134,32 @@ def test_pod_too_large(it: Mesh, kind: str, family: int) -> None:
     if kind == "direct":
         pytest.skip("there is nothing that takes less than the uplinks")
     first, _, far = it.pods
-    with wide(first), wide(far):
-        refused = first.netns.run(
-            "ping", "-c", "1", "-W", "1", "-M", "do", "-s", "1452", far.addresses[family], check=False
-        )
-        assert re.search(rf"mtu ?= ?{MTU[kind]}", refused.stdout), refused.stdout
+    with widened(it, FIRST), widened(it, FAR):
+        ping = ("ping", "-c", "1", "-W", "1", "-M", "do", "-s", "1452", far.addresses[family])
+        refused = first.netns.run(*ping, check=False).stdout
+        assert re.search(rf"mtu ?= ?{MTU[kind]}", refused), refused
         forget_mtu(first.netns)
-        for one, other in ((first, far), (far, first)):
-            sent, received, _ = transfer(one.netns, other.netns, other.addresses[family], 1 << 20)
-            assert received == sent, f"{one.name} → {other.name}"
+        assert_moved(first, far, family)
+        assert_moved(far, first, family)
+
+
+def assert_moved(one: Party, other: Party, family: int) -> None:
+    """Assert that a megabyte arrives as it was sent."""
+    sent, received, _ = transfer(one.netns, other.netns, other.addresses[family], 1 << 20, seconds=10)
+    assert received == sent, f"{one.name} → {other.name}"
 
 
 @contextmanager
-def wide(pod: Party) -> Iterator[None]:
-    """Let a pod take its link for wider than it is, for the duration."""
-    before = mtu_of(pod)
-    pod.netns.run("ip", "link", "set", "eth0", "mtu", "1500")
+def widened(it: Mesh, place: int) -> Iterator[None]:
+    """Have the link of a node's pod take more, at both ends, for the duration."""
+    pod, node = it.wired[place], it.nodes.members[place]
+    ends = ((pod.netns, "eth0"), (node.netns, pod.device))
+    before = mtu_of(it.pods[place])
+    for netns, device in ends:
+        netns.run("ip", "link", "set", device, "mtu", "1500")
     try:
         yield
     finally:
-        pod.netns.run("ip", "link", "set", "eth0", "mtu", str(before))
+        for netns, device in ends:
+            netns.run("ip", "link", "set", device, "mtu", str(before))
         forget_mtu(pod.netns)
