@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from ipaddress import IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -161,6 +163,17 @@ class Masquerade(_Model):
         return self
 
 
+class Kubernetes(_Model):
+    """How the agent reaches the API server, and what it does there beside reading Nodes."""
+
+    kubeconfig: Path | None = None
+    """Credentials for an agent that runs outside a pod: client certificate, token or token file. Default: those of the
+    pod's service account."""
+    startup_taint: str = "podlane.io/agent-not-ready"
+    """Key of the taint to remove from the node once podlane is ready, so that pods which do not tolerate it wait until
+    then; empty: none. Default: a key that nobody else uses; a node without this taint is fine."""
+
+
 class Paths(_Model):
     """Where the agent keeps and finds its files; change them to run several agents on one machine."""
 
@@ -182,8 +195,19 @@ class Paths(_Model):
     """The datapath's C sources. Default: those beside the agent."""
 
 
+def _own_name() -> str:
+    return os.environ.get("NODE_NAME") or socket.gethostname().lower()
+
+
 class Config(_Model):
     """All that a person can decide about an agent."""
+
+    node_name: str = Field(min_length=1, default_factory=_own_name)
+    """This node's name in the cluster. Default: $NODE_NAME, which the DaemonSet sets, else the host's name in lower
+    case, which is what kubelet registers."""
+    kubernetes: Kubernetes | None = None
+    """Follow the Nodes of a Kubernetes cluster; `{}` does so with all defaults. The agent's own ranges are then the pod
+    CIDRs of its Node, in place of `ranges`. Default: a node for itself."""
 
     network: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")] = "podlane"
     """Name of the network in the CNI configuration that the agent installs."""
@@ -192,7 +216,7 @@ class Config(_Model):
         Subnet(subnet=ip_network("fd00:10:244::/64")),
     )
     """Each pod gets one address of every family that has a range; ranges of one family follow one another. Default:
-    one node's share of what most clusters use."""
+    one node's share of what most clusters use; none with `kubernetes`."""
     exclude: tuple[Prefix, ...] = ()
     """Addresses and prefixes within the ranges that no pod gets, because something else has them. Default: none."""
     reserved: tuple[Prefix, ...] = ()
@@ -232,6 +256,17 @@ class Config(_Model):
                     raise ValueError(f"{one.subnet} and {other.subnet} overlap")
         return ranges
 
+    @model_validator(mode="after")
+    def _has_one_source_of_ranges(self) -> Config:
+        if self.kubernetes is not None and "ranges" in self.model_fields_set:
+            raise ValueError("kubernetes takes the place of ranges, which are the pod CIDRs of the Node: give either")
+        return self
+
+    @property
+    def own_ranges(self) -> tuple[Range, ...]:
+        """The ranges that are the node's own from the beginning on: none where the cluster assigns them."""
+        return () if self.kubernetes else tuple(each.range() for each in self.ranges)
+
 
 def load(path: Path) -> Config:
     """Read and validate a configuration file. Raises ConfigError."""
@@ -255,6 +290,7 @@ def _allowed_keys(error: ValidationError) -> str:
         return ""
     models: dict[str, type[BaseModel]] = {
         "": Config,
+        "kubernetes.": Kubernetes,
         "masquerade.": Masquerade,
         "paths.": Paths,
         "ranges.*.": Subnet,

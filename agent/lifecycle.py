@@ -18,6 +18,7 @@ from agent.collector import Collector
 from agent.config import Config, Paths
 from agent.datapath import cache, entries, loader, tables
 from agent.datapath.source import CompileError
+from agent.following import Following, tell_failure
 from agent.gc import SelfGc
 from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
+_UNREADY_SECONDS = 1.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
 _LOCK = "agent.lock"  # within the state directory
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address; one more is the self-test's
@@ -62,15 +64,16 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             spool, scratch, gc = _start(config, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
+            tell_failure(config, str(error))
             raise StartError(str(error)) from error
         while not stop.is_set():
             spool.drain()
             gc.collect()
             if readiness.unproved:
                 _prove(scratch, metrics, readiness)
-            if not readiness.unproved:
+            if not readiness.unproved and not (readiness.uninstalled and readiness.unaddressed()):
                 _install(config, readiness)
-            stop.wait(config.resync_seconds)
+            stop.wait(min(config.resync_seconds, _UNREADY_SECONDS) if readiness.uninstalled else config.resync_seconds)
     log.info("stopped")
 
 
@@ -78,7 +81,7 @@ def open_store(config: Config) -> Store:
     """Open the IPAM store of a configuration. Raises StoreError and OSError."""
     return Store(
         config.paths.state / "ipam.db",
-        [each.range() for each in config.ranges],
+        config.own_ranges,
         boot_id=_BOOT_ID.read_text().strip(),
         exclude=config.exclude,
         reserved=config.reserved,
@@ -117,6 +120,7 @@ def _start(
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
     wiring = Wiring()
+    following = Following(config, store, readiness)
     loop = _make_loop(config, datapath, store, wiring, surroundings, metrics)
     readiness.trouble = loop.trouble
     node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
@@ -133,6 +137,7 @@ def _start(
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
+    following.start(loop.kernel_changed, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
     return _serve_launchers(config.paths, node, metrics, cleanup), scratch, gc
 
@@ -152,9 +157,8 @@ def _make_loop(
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,
-        subnets=[each.subnet for each in config.ranges],
         resync_seconds=config.resync_seconds,
-        outside=surroundings.outside,
+        outside=lambda: surroundings.outside(store.subnets),
     )
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -74,7 +74,7 @@ class Loop:
     """Brings the kernel to the plan, in a thread of its own.
 
     It tells `repaired(kind, count)` what had to be put back, and calls `settle` when nobody waits, for as long as that
-    returns True: there is more to do. `subnets` are those that the node's pods have their addresses from.
+    returns True: there is more to do.
     """
 
     def __init__(
@@ -85,7 +85,6 @@ class Loop:
         devices: Devices,
         repaired: Callable[[str, int], None],
         settle: Callable[[], bool],
-        subnets: Sequence[Network],
         resync_seconds: float,
         outside: Callable[[], Outside] = Outside,
     ) -> None:
@@ -96,7 +95,6 @@ class Loop:
         self._upkeep = Upkeep(devices, repaired)
         self._repaired = repaired
         self._settle = settle
-        self._subnets = subnets
         self._interval = resync_seconds
         self._ask_outside = outside
         self._outside = Outside()
@@ -233,7 +231,7 @@ class Loop:
         known = self._known
         assert known is not None
         self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs)
-        subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
+        subnets = [*self._store.subnets, *(each.network for each in self._inside.subnets)]
         desired = plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)

@@ -22,16 +22,17 @@ class Surroundings:
         path = config.masquerade.config_file
         self._file = RulesFile(path) if path else None
         self._rules = masquerade.inline_rules(config.masquerade)
-        self._prefixes = masquerade.prefixes(config, self._rules)
+        self._own: tuple[Network, ...] = ()
+        self._prefixes: dict[Network, Lanes] = {}
         self._settings = masquerade.settings(config.masquerade)
         self._known: Outside | None = None
 
-    def outside(self) -> Outside:
-        """Return what the plan must know. Raises KernelError."""
+    def outside(self, own: tuple[Network, ...]) -> Outside:
+        """Return what the plan must know; `own` are the subnets of the node's own ranges. Raises KernelError."""
         now = Outside(
             uplinks=netlink.uplinks(self._config.masquerade.uplinks),
             node_addresses=netlink.node_addresses(),
-            prefixes=self._current_prefixes(),
+            prefixes=self._current_prefixes(own),
             settings=self._settings,
         )
         if self._known is None or now.uplinks != self._known.uplinks:
@@ -44,11 +45,11 @@ class Surroundings:
         """What `outside` last returned; empty before."""
         return self._known or Outside()
 
-    def _current_prefixes(self) -> dict[Network, Lanes]:
+    def _current_prefixes(self, own: tuple[Network, ...]) -> dict[Network, Lanes]:
         rules: Rules = self._file.current() if self._file else self._rules
-        if rules != self._rules:
-            self._rules = rules
-            self._prefixes = masquerade.prefixes(self._config, rules)
+        if not self._prefixes or (rules, own) != (self._rules, self._own):
+            self._rules, self._own = rules, own
+            self._prefixes = masquerade.prefixes(self._config.masquerade, rules, own)
         return self._prefixes
 
 
