@@ -1,14 +1,16 @@
-"""Who was in the cluster, on disk: a node that reboots while nobody tells it still serves pods, and finds its peers."""
+"""Who was in the cluster, on disk: a node that reboots while nobody tells it still serves pods, and finds its peers.
+
+One line of JSON for each node, after one with the version: so neither way takes memory for all of them at once.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any
 
 from agent.cluster import ClusterNode
 from agent.files import replace_file
@@ -34,7 +36,8 @@ class Remembered:
     def recall(self) -> list[ClusterNode]:
         """Return the nodes of the file; none if there is no file, or none that can be read."""
         try:
-            return _decode_all(json.loads(self._path.read_bytes()))
+            with self._path.open() as file:
+                return list(_decode(file))
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,9 +77,8 @@ class Remembered:
             nodes, self._nodes = self._nodes, None
             if nodes is None:
                 return
-            content = {"version": _VERSION, "nodes": [_encode(each) for each in nodes]}
             try:
-                replace_file(self._path, json.dumps(content, indent=1).encode() + b"\n", 0o600)
+                replace_file(self._path, "".join(_encode(nodes)).encode(), 0o600)
             except OSError as error:
                 if self._failure != str(error):
                     log.error("cannot remember who is in the cluster path=%s error=%r", self._path, str(error))
@@ -85,25 +87,29 @@ class Remembered:
             self._failure = ""
 
 
-def _encode(node: ClusterNode) -> dict[str, Any]:
-    return {
-        "name": node.name,
-        "addresses": [str(each) for each in node.addresses],
-        "pod_cidrs": [str(each) for each in node.pod_cidrs],
-        "created": node.created,
-    }
+def _encode(nodes: Iterable[ClusterNode]) -> Iterator[str]:
+    yield json.dumps({"version": _VERSION}) + "\n"
+    for node in nodes:
+        content = {
+            "name": node.name,
+            "addresses": [str(each) for each in node.addresses],
+            "pod_cidrs": [str(each) for each in node.pod_cidrs],
+            "created": node.created,
+        }
+        yield json.dumps(content) + "\n"
 
 
-def _decode_all(content: dict[str, Any]) -> list[ClusterNode]:
-    if content["version"] != _VERSION:
-        raise ValueError(f"its version is {content['version']}, not {_VERSION}")
-    return [_decode(each) for each in content["nodes"]]
-
-
-def _decode(content: dict[str, Any]) -> ClusterNode:
-    return ClusterNode(
-        name=str(content["name"]),
-        addresses=tuple(map(ip_address, content["addresses"])),
-        pod_cidrs=tuple(map(ip_network, content["pod_cidrs"])),
-        created=str(content["created"]),
-    )
+def _decode(lines: Iterable[str]) -> Iterator[ClusterNode]:
+    """Yield the nodes. Raises ValueError, KeyError and TypeError if these are not the lines of a whole file."""
+    lines = iter(lines)
+    version = json.loads(next(lines, ""))["version"]
+    if version != _VERSION:
+        raise ValueError(f"its version is {version}, not {_VERSION}")
+    for line in lines:
+        content = json.loads(line)
+        yield ClusterNode(
+            name=str(content["name"]),
+            addresses=tuple(map(ip_address, content["addresses"])),
+            pod_cidrs=tuple(map(ip_network, content["pod_cidrs"])),
+            created=str(content["created"]),
+        )

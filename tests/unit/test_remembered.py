@@ -40,9 +40,10 @@ def test_what_can_wait_is_written_at_the_end(tmp_path: Path) -> None:
         "{",
         "[]",
         "{}",
-        '{"version": 2, "nodes": []}',
-        '{"version": 1, "nodes": [{}]}',
-        json.dumps({"version": 1, "nodes": [{"name": "a", "addresses": ["x"], "pod_cidrs": [], "created": ""}]}),
+        '{"version": 2}',
+        '{"version": 1}\n{}',
+        '{"version": 1}\n' + json.dumps({"name": "a", "addresses": ["x"], "pod_cidrs": [], "created": ""}),
+        '{"version": 1}\n' + json.dumps({"name": "a", "addresses": [], "pod_cidrs": [], "created": ""}) + '\n{"na',
     ],
 )
 def test_a_file_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> None:
