@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agent.state import Address, Network
 
@@ -52,7 +52,7 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
                 kept.append(cidr)
             else:
                 refused[node.name] = f"pod CIDR {cidr} overlaps with {holder[0]} of node {holder[1]}, which is older"
-        settled = ClusterNode(node.name, node.addresses, tuple(kept), node.created)
+        settled = node if len(kept) == len(node.pod_cidrs) else replace(node, pod_cidrs=tuple(kept))
         if node.name == own_name:
             own = settled
         else:
@@ -72,9 +72,15 @@ class _Claims:
         starts, held = self._starts[cidr.version], self._held[cidr.version]
         first = int(cidr.network_address)
         place = bisect_right(starts, first)
-        for near in held[max(place - 1, 0) : place + 1]:
-            if near[0].overlaps(cidr):
-                return near
+        if place and first <= _last(held[place - 1][0]):
+            return held[place - 1]
+        if place < len(held) and starts[place] <= _last(cidr):
+            return held[place]
         starts.insert(place, first)
         held.insert(place, (cidr, name))
         return None
+
+
+def _last(cidr: Network) -> int:
+    """Return the last address as a number; the library's own answer would stay in memory with each prefix."""
+    return int(cidr.network_address) | int(cidr.hostmask)

@@ -186,6 +186,17 @@ class ListedNode(_Model):
     """Where its pods have their addresses from."""
 
 
+class Kubernetes(_Model):
+    """How the agent reaches the API server, and what it does there beside reading Nodes."""
+
+    kubeconfig: Path | None = None
+    """Credentials for an agent that runs outside a pod: client certificate, token or token file. Default: those of the
+    pod's service account."""
+    startup_taint: str = "podlane.io/agent-not-ready"
+    """Key of the taint to remove from the node once podlane is ready, so that pods which do not tolerate it wait until
+    then; empty: none. Default: a key that nobody else uses; a node without this taint is fine."""
+
+
 class Paths(_Model):
     """Where the agent keeps and finds its files; change them to run several agents on one machine."""
 
@@ -208,8 +219,19 @@ class Paths(_Model):
     """The datapath's C sources. Default: those beside the agent."""
 
 
+def _own_name() -> str:
+    return os.environ.get("NODE_NAME") or socket.gethostname().lower()
+
+
 class Config(_Model):
     """All that a person can decide about an agent."""
+
+    node_name: str = Field(min_length=1, default_factory=_own_name)
+    """This node's name in the cluster. Default: $NODE_NAME, which the DaemonSet sets, else the host's name in lower
+    case, which is what kubelet registers."""
+    kubernetes: Kubernetes | None = None
+    """Follow the Nodes of a Kubernetes cluster; `{}` does so with all defaults. The agent's own ranges are then the pod
+    CIDRs of its Node, in place of `ranges`. Default: a node for itself."""
 
     network: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")] = "podlane"
     """Name of the network in the CNI configuration that the agent installs."""
@@ -218,7 +240,7 @@ class Config(_Model):
         Subnet(subnet=ip_network("fd00:10:244::/64")),
     )
     """Each pod gets one address of every family that has a range; ranges of one family follow one another. Default:
-    one node's share of what most clusters use."""
+    one node's share of what most clusters use; none with `kubernetes`."""
     exclude: tuple[Prefix, ...] = ()
     """Addresses and prefixes within the ranges that no pod gets, because something else has them. Default: none."""
     reserved: tuple[Prefix, ...] = ()
@@ -226,10 +248,6 @@ class Config(_Model):
     sticky: bool = False
     """Give a pod the addresses again that the last one of its namespace and name had, where they are free. Default: an
     address rests as long as possible, since others may still remember whose it was."""
-    node_name: Annotated[str, Field(min_length=1)] = Field(
-        default_factory=lambda: os.environ.get("NODE_NAME") or socket.gethostname()
-    )
-    """The node's name in its cluster. Default: the environment's NODE_NAME, else the host's name."""
     nodes: tuple[ListedNode, ...] = ()
     """All nodes of the cluster, this one among them, where no Kubernetes tells of them. This key is read again when the
     file changes; the list may be the same on all nodes. Default: the node is alone."""
@@ -283,6 +301,17 @@ class Config(_Model):
                     raise ValueError(f"nodes: pod_cidrs of {own.name}, which is this node, lack its range {subnet}")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_source_of_ranges(self) -> Config:
+        if self.kubernetes is not None and "ranges" in self.model_fields_set:
+            raise ValueError("kubernetes takes the place of ranges, which are the pod CIDRs of the Node: give either")
+        return self
+
+    @property
+    def own_ranges(self) -> tuple[Range, ...]:
+        """The ranges that are the node's own from the beginning on: none where the cluster assigns them."""
+        return () if self.kubernetes else tuple(each.range() for each in self.ranges)
+
 
 def _is_within(network: Network, other: Network) -> bool:
     return network.version == other.version and network.prefixlen >= other.prefixlen and network.overlaps(other)
@@ -310,6 +339,7 @@ def _allowed_keys(error: ValidationError) -> str:
         return ""
     models: dict[str, type[BaseModel]] = {
         "": Config,
+        "kubernetes.": Kubernetes,
         "masquerade.": Masquerade,
         "nodes.*.": ListedNode,
         "paths.": Paths,

@@ -18,6 +18,7 @@ from agent.collector import Collector
 from agent.config import Config, Paths
 from agent.datapath import cache, entries, loader, tables
 from agent.datapath.source import CompileError
+from agent.following import Following, tell_failure
 from agent.gc import SelfGc
 from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
+_UNREADY_SECONDS = 1.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
 _AT_UPLINKS = ("from_uplink", "to_uplink", "from_tunnel", "to_tunnel")
 _LOCK = "agent.lock"  # within the state directory
@@ -68,15 +70,16 @@ def run(config: Config, version: str, stop: threading.Event, config_path: Path |
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             chores, scratch = _start(config, config_path, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
+            tell_failure(config, str(error))
             raise StartError(str(error)) from error
         while not stop.is_set():
             for chore in chores:
                 chore()
             if readiness.unproved:
                 _prove(scratch, metrics, readiness)
-            if not readiness.unproved:
+            if not readiness.unproved and not (readiness.uninstalled and readiness.unaddressed()):
                 _install(config, readiness)
-            stop.wait(config.resync_seconds)
+            stop.wait(min(config.resync_seconds, _UNREADY_SECONDS) if readiness.uninstalled else config.resync_seconds)
     log.info("stopped")
 
 
@@ -84,7 +87,7 @@ def open_store(config: Config) -> Store:
     """Open the IPAM store of a configuration. Raises StoreError and OSError."""
     return Store(
         config.paths.state / "ipam.db",
-        [each.range() for each in config.ranges],
+        config.own_ranges,
         boot_id=boot_id(),
         exclude=config.exclude,
         reserved=config.reserved,
@@ -140,10 +143,12 @@ def _start(
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
     wiring = Wiring()
-    membership = Membership(config.node_name, lambda: loop.wake())
-    outside = partial(_outside, surroundings, membership)
+    following = Following(config, store, readiness)
+    chores = []
+    if config.kubernetes is None:
+        chores.append(ListedNodes(config, config_path, following.membership.report).poll)
+    outside = partial(_outside, surroundings, following.membership, store)
     loop = _make_loop(config, datapath, store, wiring, outside, metrics)
-    nodes = ListedNodes(config, config_path, membership.report)
     readiness.trouble = loop.trouble
     node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.pod_mtu, readiness=readiness)
     _reserve_ports(config, journal)
@@ -159,13 +164,14 @@ def _start(
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
+    following.start(loop.wake, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
     spool = _serve_launchers(config.paths, node, metrics, cleanup)
-    return (spool.drain, gc.collect, nodes.poll), scratch
+    return (spool.drain, gc.collect, *chores), scratch
 
 
-def _outside(surroundings: Surroundings, membership: Membership, look: bool) -> Outside:
-    return surroundings.outside(membership.cluster, look=look)
+def _outside(surroundings: Surroundings, membership: Membership, store: Store, look: bool) -> Outside:
+    return surroundings.outside(membership.cluster, store.subnets, look=look)
 
 
 def _make_loop(
@@ -183,7 +189,6 @@ def _make_loop(
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,
-        subnets=[each.subnet for each in config.ranges],
         resync_seconds=config.resync_seconds,
         outside=outside,
     )

@@ -82,7 +82,7 @@ class Loop:
     """Brings the kernel to the plan, in a thread of its own.
 
     It tells `repaired(kind, count)` what had to be put back, and calls `settle` when nobody waits, for as long as that
-    returns True: there is more to do. `subnets` are those that the node's pods have their addresses from.
+    returns True: there is more to do.
     """
 
     def __init__(
@@ -93,7 +93,6 @@ class Loop:
         devices: Devices,
         repaired: Callable[[str, int], None],
         settle: Callable[[], bool],
-        subnets: Sequence[Network],
         resync_seconds: float,
         outside: Callable[[bool], Outside] = lambda _look: _NOTHING,
     ) -> None:
@@ -108,7 +107,6 @@ class Loop:
         self._upkeep = Upkeep(devices, repaired)
         self._repaired = repaired
         self._settle = settle
-        self._subnets = subnets
         self._interval = resync_seconds
         self._ask_outside = outside
         self._outside = Outside()
@@ -264,7 +262,7 @@ class Loop:
             self._upkeep.finish()
 
     def _plan(self, pods: Sequence[Pod]) -> State:
-        subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
+        subnets = [*self._store.subnets, *(each.network for each in self._inside.subnets)]
         return plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
 
     def _count_repairs(self, desired: State, before: State, now: State) -> None:

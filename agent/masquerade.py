@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network
 
-from agent.config import Config, Masquerade
+from agent.config import Masquerade
 from agent.ipmasq import Rules
 from agent.state import Lanes, Network, Settings
 
@@ -50,15 +50,15 @@ def inline_rules(masquerade: Masquerade) -> Rules:
     )
 
 
-def prefixes(config: Config, rules: Rules) -> dict[Network, Lanes]:
-    """Return the prefixes that have lanes of their own."""
-    native: set[Network] = {each.subnet for each in config.ranges} | set(rules.non_masquerade)
+def prefixes(masquerade: Masquerade, rules: Rules, own: Iterable[Network]) -> dict[Network, Lanes]:
+    """Return the prefixes that have lanes of their own; `own` are the subnets of the node's own ranges."""
+    native: set[Network] = set(own) | set(rules.non_masquerade)
     for version, masqueraded in ((4, rules.masq_link_local), (6, rules.masq_link_local_ipv6)):
         if not masqueraded:
             native.add(_LINK_LOCAL[version])
-    if not config.masquerade.enabled:
+    if not masquerade.enabled:
         native |= set(_EVERYTHING.values())
-    return lanes(native=native, stack=config.masquerade.service_cidrs)
+    return lanes(native=native, stack=masquerade.service_cidrs)
 
 
 def lanes(*, native: Iterable[Network], stack: Iterable[Network]) -> dict[Network, Lanes]:

@@ -13,7 +13,7 @@ from agent.config import IPV6_MIN_MTU, Config
 from agent.ipmasq import Rules, RulesFile
 from agent.peers import Place, Ways
 from agent.plan import Outside, Tunnel
-from agent.state import Address, TunnelDevice, TunnelEnd, Uplink
+from agent.state import Address, Lanes, Network, TunnelDevice, TunnelEnd, Uplink
 from agent.wiring import HOST_MAC
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,18 @@ class Surroundings:
         path = config.masquerade.config_file
         self._file = RulesFile(path) if path else None
         self._rules = masquerade.inline_rules(config.masquerade)
-        self._prefixes = masquerade.prefixes(config, self._rules)
+        self._prefixes: dict[Network, Lanes] = {}
+        self._prefixes_of: tuple[Rules, tuple[Network, ...]] | None = None
         self._settings = masquerade.settings(config.masquerade)
         self._ways = Ways()
         self._overhead = 0
         self._seen: _Seen | None = None
         self._known = Outside()
 
-    def outside(self, cluster: Cluster, *, look: bool = True) -> Outside:
+    def outside(self, cluster: Cluster, ranges: tuple[Network, ...], *, look: bool = True) -> Outside:
         """Return what the plan must know; unless it is to `look`, of the node itself what it found the last time.
 
-        The same object, if it knows of no change. Raises KernelError.
+        `ranges` are the subnets of the node's own. The same object, if it knows of no change. Raises KernelError.
         """
         seen = self._look() if look or self._seen is None else self._seen
         own = _own_addresses(seen, cluster.own)
@@ -62,7 +63,7 @@ class Surroundings:
             uplinks=tuple(seen.uplinks.values()),
             addresses=own,
             tunnel=tunnel.ifindex if tunnel else 0,
-            prefixes=self._prefixes,
+            prefixes=self._current_prefixes(ranges),
         )
         peers = self._ways.find(place, cluster)
         now = Outside(
@@ -94,15 +95,13 @@ class Surroundings:
         )
         if before is None or self._seen.uplinks != before.uplinks:
             _tell(self._seen.uplinks)
-        rules: Rules = self._file.current() if self._file else self._rules
-        if rules != self._rules:
-            self._rules = rules
-            self._prefixes = masquerade.prefixes(self._config, rules)
+        if self._file:
+            self._rules = self._file.current()
         return self._seen
 
     def _wrapping(self, cluster: Cluster, own: Sequence[Address]) -> int:
         """Return the bytes to leave free for wrapping: in a cluster always, since nodes behind routers may join."""
-        if self._config.routing == "direct" or not (self._config.nodes or cluster.peers):
+        if self._config.routing == "direct" or not (self._config.kubernetes or self._config.nodes or cluster.peers):
             return 0
         return _WRAPPING[own[0].version if own else 4]
 
@@ -116,6 +115,12 @@ class Surroundings:
             TunnelEnd(self._config.tunnel.vni, mtu, HOST_MAC, ipv4, ipv6),
             netlink.tunnel_index(),
         )
+
+    def _current_prefixes(self, ranges: tuple[Network, ...]) -> dict[Network, Lanes]:
+        if self._prefixes_of != (self._rules, ranges):
+            self._prefixes = masquerade.prefixes(self._config.masquerade, self._rules, ranges)
+            self._prefixes_of = (self._rules, ranges)
+        return self._prefixes
 
 
 def _inside(mtu: int, overhead: int) -> int:

@@ -26,6 +26,7 @@ _WATCH_SECONDS = 290  # then the server ends the watch; API servers give 30 to 6
 _SILENCE_SECONDS = _WATCH_SECONDS + 30.0
 _STEADY_SECONDS = 10.0  # a watch that lived as long is no failure
 _PAUSE = 0.3  # seconds between reports, at least
+_NOT_ASKED = "the API server was not asked yet"
 _SHARE = 10  # a report that took a second is followed by so many without one
 
 
@@ -43,7 +44,7 @@ class NodeSource:
         self._nodes: dict[str, ClusterNode] = {}
         self._own: OwnNode | None = None
         self._version = ""
-        self._trouble = "not asked yet"
+        self._trouble = _NOT_ASKED
         self._lock = threading.Lock()
         self._news = threading.Event()
         self._stopped = threading.Event()
@@ -152,7 +153,7 @@ class NodeSource:
             self._own_changed()
 
     def _note_trouble(self, trouble: str) -> None:
-        if not self._trouble or self._trouble == "not asked yet":
+        if self._trouble in ("", _NOT_ASKED):
             log.warning("cannot follow the cluster's nodes; what is known stays in force error=%r", trouble)
         self._trouble = trouble
 

@@ -229,7 +229,6 @@ class World:
             devices=self.devices,
             repaired=lambda kind, count: self.repairs.update({kind: count}),
             settle=self.settle,
-            subnets=self.subnets,
             outside=lambda _look: self.outside,
             resync_seconds=resync_seconds,
         )
