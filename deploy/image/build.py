@@ -46,7 +46,6 @@ _DOCUMENTS = "usr/share/doc/"
 _HOME = "usr/lib/podlane"  # agent.config finds bpf/ beside the agent
 _WHEELS = "usr/local/lib/python3.11/dist-packages"  # on Debian's sys.path
 _COMMAND = "usr/bin/podlane-agent"
-_SCRIPT = "#!/usr/bin/python3 -P\nfrom agent.__main__ import main\n\nmain()\n"
 _FILES = {"etc/passwd": "root:x:0:0:root:/:/usr/sbin/nologin\n", "etc/group": "root:x:0:\n"}
 _LINKS = {"var/run": "/run"}  # CNI_NETNS is /var/run/netns/… with some runtimes
 
@@ -129,8 +128,7 @@ def _write_podlane(layer: Path) -> None:
         on_path.parent.mkdir(parents=True)
         on_path.write_text(f"/{_HOME}\n")
         (tree / _COMMAND).parent.mkdir(parents=True)
-        (tree / _COMMAND).write_text(_SCRIPT)
-        (tree / _COMMAND).chmod(0o755)
+        shutil.copy(HERE / "podlane-agent", tree / _COMMAND)
         _compile(tree, _HOME)
         _write_layer(layer, tree)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.kubernetes.cluster import SYSTEM, Cluster, Document, Peer
 from tests.manifests import FOLDER, find, render
 
+pytestmark = pytest.mark.timeout(600)  # for clusters that are slower than the tests' own
+
 _ACCOUNT = "system:serviceaccount:kube-system:podlane"
 _MANY = 100
-_ROUNDS_SECONDS = 5.0
 
 
 def test_nodes_are_ready(cluster: Cluster) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from tests.kubernetes.cluster import Cluster, Document, Peer, service
 
+pytestmark = pytest.mark.timeout(600)  # for clusters that are slower than the tests' own
+
 _LARGE = 64 << 20  # bytes
 
 
