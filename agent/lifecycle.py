@@ -16,7 +16,7 @@ from typing import get_args
 from agent import masquerade, netlink, supply
 from agent.collector import Collector
 from agent.config import Config, Paths
-from agent.datapath import cache, entries, loader, tables
+from agent.datapath import cache, entries, kernel, loader, tables
 from agent.datapath.source import CompileError
 from agent.following import Following, tell_failure
 from agent.gc import SelfGc
@@ -64,8 +64,9 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             spool, scratch, gc = _start(config, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
-            tell_failure(config, str(error))
-            raise StartError(str(error)) from error
+            failure = f"{error}{kernel.remark(os.uname().release)}"
+            tell_failure(config, failure)
+            raise StartError(failure) from error
         while not stop.is_set():
             spool.drain()
             gc.collect()
@@ -137,7 +138,7 @@ def _start(
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
-    following.start(loop.kernel_changed, cleanup)
+    following.start(loop.kernel_changed, metrics, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
     return _serve_launchers(config.paths, node, metrics, cleanup), scratch, gc
 

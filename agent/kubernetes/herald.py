@@ -23,6 +23,7 @@ _COMPONENT = "podlane-agent"
 _NAMESPACE = "default"  # where events of objects without a namespace are
 _CHECK_SECONDS = 1.0
 _EVENT_SECONDS = 3000.0  # API servers forget events after an hour, as a rule
+_NAME_LENGTH = 236  # characters: with a dot and a number, 253 (RFC 1123 subdomains)
 _MESSAGE_LENGTH = 1024  # characters (Kubernetes: apis/core/validation/events.go)
 
 Troubles = Callable[[], Mapping[str, str]]
@@ -142,7 +143,7 @@ def _event(node: str, reason: str, message: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{node}.{secrets.token_hex(8)}", "namespace": _NAMESPACE},
+        "metadata": {"name": f"{node[:_NAME_LENGTH].rstrip('-.')}.{secrets.token_hex(8)}", "namespace": _NAMESPACE},
         "involvedObject": {"kind": "Node", "name": node, "uid": node},
         "reason": reason,
         "message": message[:_MESSAGE_LENGTH],

@@ -121,12 +121,13 @@ def test_an_outage_concerns_no_pod(node: Node) -> None:
     assert all(node.pings(first, each) for each in second.addresses)
     node.kill_agent()
     node.start_agent()
+    assert node.metrics()[("podlane_cluster_followed", ())] == 0
     third = node.make_pod("third")
     assert third.addresses == ["10.77.0.3", "fd00:77::3"]
     assert all(node.pings(third, each) for each in (*first.addresses, *second.addresses))
     node.delete_pod(second)
     node.api.start()
-    node.wait_for(lambda: node.api.watches == 1, "the agent to follow the cluster again")
+    node.wait_for(lambda: node.metrics()[("podlane_cluster_followed", ())] == 1, "the agent to follow the cluster")
     assert node.repairs() == {}
 
 
@@ -168,6 +169,7 @@ def test_a_pod_cidr_that_an_older_node_has(node: Node) -> None:
     (event,) = node.api.objects.events
     assert (event["reason"], event["message"]) == ("PodCIDRConflict", why)
     assert node.pings(pod, "192.0.2.10")
+    assert node.metrics()[("podlane_cluster_nodes", ())] == node.metrics()[("podlane_cluster_refused_nodes", ())] == 1
     node.api.objects.delete("older")
     node.wait_ready()
     node.make_pod("c")
