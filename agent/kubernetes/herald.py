@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 from agent.kubernetes.api import Api, ApiError, Conflict
 from agent.kubernetes.backoff import Backoff
@@ -107,7 +108,7 @@ class Herald:
         if not is_unavailable and not is_tainted:
             return
         with self._connect() as api:
-            path = f"/api/v1/nodes/{self._node}"
+            path = f"/api/v1/nodes/{quote(self._node)}"
             if is_tainted:
                 # Taints are one list: the server compares the version, so that nobody else's change to it is lost.
                 version = {"resourceVersion": own.version}

@@ -294,6 +294,19 @@ def test_a_token_is_rotated_while_a_connection_is_used(server: ApiServer) -> Non
     assert [each.status for each in server.seen] == [200, 401, 200]
 
 
+@pytest.mark.parametrize("verb", ["LIST", "WATCH"])
+def test_a_missing_permission(server: ApiServer, verb: str) -> None:
+    """Without the right to list or to watch, the trouble names it; once it is granted, the cluster is followed."""
+    server.rules.discard((verb, "nodes"))
+    kubeconfig = server.write_kubeconfig()
+    it = Following(lambda: Api(kubeconfig))
+    it.wait_for(lambda: f"cannot {verb.lower()}" in it.source.trouble, "the trouble")
+    server.rules.add((verb, "nodes"))
+    it.wait_until_known("node-000", "node-001", "node-002")
+    it.wait_for(lambda: not it.source.trouble, "the watch")
+    it.source.stop()
+
+
 def test_without_credentials(server: ApiServer, tmp_path: Path) -> None:
     """A missing kubeconfig is trouble that is told and tried again, until it is there."""
     path = tmp_path / "kubeconfig"
