@@ -12,6 +12,7 @@ from agent.cluster import ClusterNode
 from agent.config import Config
 from agent.kubernetes import Api, ApiError, Herald, NodeSource, tell_once
 from agent.membership import Membership
+from agent.metrics import Metrics
 from agent.ranges import Range
 from agent.readiness import Readiness
 from agent.remembered import Remembered
@@ -41,7 +42,7 @@ class Following:
             readiness.unaddressed = self.unaddressed
             self._recall()
 
-    def start(self, changed: Callable[[], None], cleanup: ExitStack) -> None:
+    def start(self, changed: Callable[[], None], metrics: Metrics, cleanup: ExitStack) -> None:
         """Follow the cluster, and tell it of this node, until `cleanup`; call `changed` after each change."""
         self._changed = changed
         settings = self._config.kubernetes
@@ -58,6 +59,7 @@ class Following:
             startup_taint=settings.startup_taint,
         )
         self._source = source
+        metrics.watch_cluster(lambda: self.membership.cluster, lambda: not source.trouble)
         for each in (self._remembered, herald, source):
             cleanup.callback(each.stop)
             each.start()

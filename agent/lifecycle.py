@@ -16,7 +16,7 @@ from typing import get_args
 from agent import masquerade, netlink, supply
 from agent.collector import Collector
 from agent.config import Config, Paths
-from agent.datapath import cache, entries, loader, tables
+from agent.datapath import cache, entries, kernel, loader, tables
 from agent.datapath.source import CompileError
 from agent.following import Following, tell_failure
 from agent.gc import SelfGc
@@ -70,8 +70,9 @@ def run(config: Config, version: str, stop: threading.Event, config_path: Path |
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             chores, scratch = _start(config, config_path, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
-            tell_failure(config, str(error))
-            raise StartError(str(error)) from error
+            failure = f"{error}{kernel.remark(os.uname().release)}"
+            tell_failure(config, failure)
+            raise StartError(failure) from error
         while not stop.is_set():
             for chore in chores:
                 chore()
@@ -164,7 +165,7 @@ def _start(
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
-    following.start(loop.wake, cleanup)
+    following.start(loop.wake, metrics, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
     spool = _serve_launchers(config.paths, node, metrics, cleanup)
     return (spool.drain, gc.collect, *chores), scratch

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 from agent.kubernetes.api import Api, ApiError, Conflict
 from agent.kubernetes.backoff import Backoff
@@ -23,6 +24,7 @@ _COMPONENT = "podlane-agent"
 _NAMESPACE = "default"  # where events of objects without a namespace are
 _CHECK_SECONDS = 1.0
 _EVENT_SECONDS = 3000.0  # API servers forget events after an hour, as a rule
+_NAME_LENGTH = 236  # characters: with a dot and a number, 253 (RFC 1123 subdomains)
 _MESSAGE_LENGTH = 1024  # characters (Kubernetes: apis/core/validation/events.go)
 
 Troubles = Callable[[], Mapping[str, str]]
@@ -106,7 +108,7 @@ class Herald:
         if not is_unavailable and not is_tainted:
             return
         with self._connect() as api:
-            path = f"/api/v1/nodes/{self._node}"
+            path = f"/api/v1/nodes/{quote(self._node)}"
             if is_tainted:
                 # Taints are one list: the server compares the version, so that nobody else's change to it is lost.
                 version = {"resourceVersion": own.version}
@@ -142,7 +144,7 @@ def _event(node: str, reason: str, message: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{node}.{secrets.token_hex(8)}", "namespace": _NAMESPACE},
+        "metadata": {"name": f"{node[:_NAME_LENGTH].rstrip('-.')}.{secrets.token_hex(8)}", "namespace": _NAMESPACE},
         "involvedObject": {"kind": "Node", "name": node, "uid": node},
         "reason": reason,
         "message": message[:_MESSAGE_LENGTH],

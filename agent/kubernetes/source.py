@@ -153,7 +153,7 @@ class NodeSource:
             self._own_changed()
 
     def _note_trouble(self, trouble: str) -> None:
-        if self._trouble in ("", _NOT_ASKED):
+        if trouble != self._trouble:
             log.warning("cannot follow the cluster's nodes; what is known stays in force error=%r", trouble)
         self._trouble = trouble
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.node.machine import Machine
 from tests.node.verbs import add, assert_refused
 
 V4, V6 = "10.77.0.0/24", "fd00:77::/64"
+PAGE_KB = 3 * 2500  # one of 100 Nodes, as it comes in pieces, as a whole, and before its pieces are given back
 TAINT = {"key": "podlane.io/agent-not-ready", "effect": "NoSchedule"}
 
 
@@ -121,21 +123,26 @@ def test_an_outage_concerns_no_pod(node: Node) -> None:
     assert all(node.pings(first, each) for each in second.addresses)
     node.kill_agent()
     node.start_agent()
+    assert node.metrics()[("podlane_cluster_followed", ())] == 0
     third = node.make_pod("third")
     assert third.addresses == ["10.77.0.3", "fd00:77::3"]
     assert all(node.pings(third, each) for each in (*first.addresses, *second.addresses))
     node.delete_pod(second)
     node.api.start()
-    node.wait_for(lambda: node.api.watches == 1, "the agent to follow the cluster again")
+    node.wait_for(lambda: node.metrics()[("podlane_cluster_followed", ())] == 1, "the agent to follow the cluster")
     assert node.repairs() == {}
 
 
-def test_a_reboot_during_an_outage(node: Node) -> None:
-    """A node whose first start was long ago serves pods after a reboot, though nobody tells it its pod CIDR."""
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_reboot_during_an_outage(node: Node, is_silent: bool) -> None:
+    """A node whose first start was long ago serves pods after a reboot, though the API server is away, or is silent."""
     node.register(V4, V6)
     node.start_agent()
     node.stop_agent()
-    node.api.stop()
+    if is_silent:
+        node.api.faults.frozen = True
+    else:
+        node.api.stop()
     (node.directory / "state" / "ipam.db").unlink()
     node.start_agent()
     assert node.make_pod("a").addresses == ["10.77.0.1", "fd00:77::1"]
@@ -168,9 +175,46 @@ def test_a_pod_cidr_that_an_older_node_has(node: Node) -> None:
     (event,) = node.api.objects.events
     assert (event["reason"], event["message"]) == ("PodCIDRConflict", why)
     assert node.pings(pod, "192.0.2.10")
+    assert node.metrics()[("podlane_cluster_nodes", ())] == node.metrics()[("podlane_cluster_refused_nodes", ())] == 1
     node.api.objects.delete("older")
     node.wait_ready()
     node.make_pod("c")
+
+
+def test_memory_does_not_grow_with_what_is_not_used(node: Node) -> None:
+    """1,000 Nodes of 25 kB each, listed, watched and remembered, take a tenth of that in the agent."""
+    node.register(V4, V6)
+    node.start_agent()
+    node.make_pod("before")
+    alone = peak_kb(node)
+    node.stop_agent()
+    crowd = [
+        make_node(
+            f"node-{n:04}",
+            [f"10.128.{n >> 4}.{(n & 15) << 4}/28", f"fd00:{n:x}::/64"],
+            [f"10.9.{n >> 8}.{n & 255}"],
+            images=50,
+        )
+        for n in range(1000)
+    ]
+    size_kb = sum(len(json.dumps(each)) for each in crowd) >> 10
+    node.api.objects.put(*crowd)
+    node.start_agent()
+    node.wait_for(lambda: "nodes count=1001" in node.log_tail(), "the cluster")
+    node.api.objects.put(*crowd)
+    last = make_node("n", [V4, V6])
+    last["spec"]["taints"] = [TAINT]
+    node.api.objects.put(last)
+    node.wait_for(lambda: not node.api.objects.get("n")["spec"]["taints"], "the agent to read all of it")
+    node.make_pod("after")
+    assert peak_kb(node) - alone < size_kb / 10 + PAGE_KB
+
+
+def peak_kb(node: Node) -> int:
+    """Return the most that the agent has had in memory, with what it has from files."""
+    assert node.agent
+    status = Path(f"/proc/{node.agent.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def test_a_start_that_fails_is_told(node: Node, tmp_path: Path) -> None:

@@ -3,63 +3,18 @@
 from __future__ import annotations
 
 import base64
-import json
 import socket
 import ssl
 import threading
-import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.node.api.objects import Object, Objects, Refusal
+from tests.node.api.handler import RULES, Connections, Faults, Handler, Seen
+from tests.node.api.objects import Objects
 from tests.node.machine import Netns, run
-
-RULES = frozenset(
-    {
-        ("GET", "nodes"),
-        ("LIST", "nodes"),
-        ("WATCH", "nodes"),
-        ("PATCH", "nodes"),
-        ("PATCH", "nodes/status"),
-        ("POST", "events"),
-    }
-)
-"""The verbs that the agent has."""
-
-
-@dataclass
-class Faults:
-    """What goes wrong. Tests set it; the server obeys."""
-
-    refusals: deque[int] = field(default_factory=deque)
-    """HTTP statuses that the next requests get, one each."""
-    cuts: deque[int] = field(default_factory=deque)
-    """For the next replies, one each: the number of bytes after which the connection breaks."""
-    pause: float = 0.0
-    """Seconds between two pieces of a reply, which are small."""
-    frozen: bool = False
-    """Requests are accepted and never answered."""
-    before: Callable[[str, dict[str, str]], None] = lambda _verb, _query: None
-    """Called with each request's verb and query before it is answered."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A request: what is asked for ("LIST", "WATCH", or the method), of which resource, and how."""
-
-    verb: str
-    resource: str
-    query: dict[str, str]
-    token: str
-    status: int
 
 
 class ApiServer:
@@ -137,6 +92,7 @@ class ApiServer:
     def stop(self) -> None:
         """Stop listening, and break all connections."""
         if self._server is not None:
+            self.faults.frozen = False
             self.break_watches()
             self._server.shutdown()
             self._server.break_connections()
@@ -161,7 +117,7 @@ class ApiServer:
         return [each for each in list(self.seen) if (each.verb, each.resource) == (verb, resource)]
 
 
-class _Server(ThreadingHTTPServer):
+class _Server(Connections):
     daemon_threads = True
 
     def __init__(self, api: ApiServer, address: tuple[str, int], context: ssl.SSLContext) -> None:
@@ -169,7 +125,7 @@ class _Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._context = context
         self._open: set[socket.socket] = set()
-        super().__init__(address, _Handler)
+        super().__init__(address, Handler)
 
     def get_request(self) -> tuple[Any, Any]:
         raw, address = super().get_request()
@@ -188,161 +144,3 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401  # clients may go at any time
         pass
-
-
-class _Broken(Exception):
-    """The connection breaks here, because a fault says so."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: _Server
-    _budget = -1
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._serve()
-
-    def do_PATCH(self) -> None:
-        self._serve()
-
-    def do_POST(self) -> None:
-        self._serve()
-
-    def _serve(self) -> None:
-        api = self.server.api
-        while api.faults.frozen:
-            time.sleep(0.05)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        url = urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        resource, name = _resource(url.path)
-        verb = self.command
-        if verb == "GET" and not name:
-            verb = "WATCH" if query.get("watch") == "true" else "LIST"
-        self._budget = api.faults.cuts.popleft() if api.faults.cuts else -1
-        api.faults.before(verb, query)
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        try:
-            self._check(verb, resource, token)
-            reply: Object | None = None if verb == "WATCH" else self._answer(verb, resource, name, query, body)
-            status = 201 if verb == "POST" else 200
-        except Refusal as refusal:
-            status, reply = refusal.code, refusal.status()
-        api.seen.append(Seen(verb, resource, query, token, status))
-        try:
-            if reply is None:
-                self._watch(query)
-            else:
-                self._reply(status, reply)
-        except _Broken:
-            self.close_connection = True
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
-
-    def _check(self, verb: str, resource: str, token: str) -> None:
-        api = self.server.api
-        if token not in api.tokens:
-            raise Refusal(401, "Unauthorized", "Unauthorized")
-        if (verb, resource) not in api.rules:
-            raise Refusal(403, "Forbidden", f'{resource} is forbidden: User "agent" cannot {verb.lower()} them')
-        if api.faults.refusals:
-            code = api.faults.refusals.popleft()
-            raise Refusal(code, "InternalError", "etcdserver: leader changed")
-
-    def _answer(self, verb: str, resource: str, name: str, query: dict[str, str], body: bytes) -> Object:
-        objects = self.server.api.objects
-        if verb == "LIST":
-            return objects.page(int(query.get("limit", "0")), query.get("continue", ""))
-        if verb == "GET":
-            return objects.get(name)
-        if verb == "PATCH":
-            kind = self.headers["Content-Type"]
-            return objects.patch(name, json.loads(body), kind, status=resource == "nodes/status")
-        event: Object = json.loads(body)
-        objects.events.append(event)
-        return event
-
-    def _reply(self, status: int, reply: Object) -> None:
-        content = json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self._write(content)
-
-    def _watch(self, query: dict[str, str]) -> None:
-        api = self.server.api
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        with api.objects.changed:
-            api.watches += 1
-        try:
-            self._follow(api, query)
-            self._write(b"0\r\n\r\n")
-        finally:
-            with api.objects.changed:
-                api.watches -= 1
-
-    def _follow(self, api: ApiServer, query: dict[str, str]) -> None:
-        """Send what changes, until the client's time is over, or the watch is broken."""
-        version, generation, bookmarks = int(query["resourceVersion"]), api.generation, api.bookmarks
-        try:
-            api.objects.check(version)
-        except Refusal as refusal:
-            self._send("ERROR", refusal.status())
-            return
-        until = time.monotonic() + float(query.get("timeoutSeconds", "1800"))
-        while api.generation == generation and time.monotonic() < until:
-            with api.objects.changed:
-                changes = api.objects.since(version)
-                version = api.objects.version
-                if not changes and api.bookmarks == bookmarks:
-                    api.objects.changed.wait(0.2)
-                    continue
-            for _, kind, node in changes:
-                self._send(kind, {"kind": "Node", "apiVersion": "v1", **node})
-            if api.bookmarks != bookmarks:
-                bookmarks = api.bookmarks
-                self._bookmark(query, version)
-                with api.objects.changed:
-                    api.bookmarked = bookmarks
-                    api.objects.changed.notify_all()
-        self._bookmark(query, version)
-
-    def _bookmark(self, query: dict[str, str], version: int) -> None:
-        if query.get("allowWatchBookmarks") == "true":
-            bookmark = {"kind": "Node", "apiVersion": "v1", "metadata": {"resourceVersion": str(version)}}
-            self._send("BOOKMARK", {**bookmark, "spec": {}, "status": {}})
-
-    def _send(self, kind: str, it: Object) -> None:
-        line = json.dumps({"type": kind, "object": it}).encode() + b"\n"
-        self._write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
-
-    def _write(self, content: bytes) -> None:
-        """Write as slowly, and as much, as the faults let it."""
-        pause = self.server.api.faults.pause
-        size = 500 if pause else len(content)
-        for start in range(0, len(content), size):
-            piece = content[start : start + size]
-            if 0 <= self._budget < len(piece):
-                self.wfile.write(piece[: self._budget])
-                raise _Broken
-            self._budget -= len(piece) if self._budget >= 0 else 0
-            self.wfile.write(piece)
-            if pause:
-                time.sleep(pause)
-
-
-def _resource(path: str) -> tuple[str, str]:
-    """Return the resource, with its subresource, and the name, if any, of a path."""
-    parts = path.strip("/").split("/")
-    if parts[:3] == ["api", "v1", "namespaces"] and parts[4:] == ["events"]:
-        return "events", ""
-    if parts[:3] == ["api", "v1", "nodes"]:
-        name, *sub = parts[3:] or [""]
-        return "/".join(["nodes", *sub]), name
-    return path, ""
