@@ -131,6 +131,7 @@ def _start(
     readiness.exhausted = store.exhausted
     wiring = Wiring()
     membership = Membership(config.node_name, lambda: loop.wake())
+    readiness.refused = lambda: membership.cluster.refused.get(config.node_name, "")
     outside = partial(_outside, surroundings, membership)
     loop = _make_loop(config, datapath, store, wiring, outside, metrics)
     nodes = ListedNodes(config, config_path, membership.report)

@@ -66,11 +66,12 @@ class Node:
     def reserve(self, call: Call, request: Request, netns: int) -> None:
         """See `cni.commands.Node`.
 
-        Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved, 100 for a
+        Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved
+        and while the node's addresses are another's, 100 for a
         second ADD, 101 for no free address, 105 for an address or MAC that another pod has.
         """
-        if self._readiness.unproved:
-            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
+        if reason := self._readiness.unproved or self._readiness.refused():
+            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
         _check_netns(netns, call)
         with translated():
@@ -219,7 +220,7 @@ class Node:
             raise CniError(Code.NOT_AVAILABLE_LIMITED, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
         try:
-            reason = self._readiness.uninstalled or self._store.exhausted(source.pools)
+            reason = self._readiness.uninstalled or self._readiness.refused() or self._store.exhausted(source.pools)
         except StoreError as error:
             reason = str(error)
         if reason:

@@ -16,6 +16,7 @@ from agent.netlink.devices import (
     enable_forwarding,
     fallen_devices,
     index,
+    tunnel_index,
     uplink_mtu,
 )
 from agent.netlink.ends import pod_macs
@@ -33,7 +34,7 @@ from agent.netlink.pods import (
 from agent.netlink.shaping import QueueTable, create_shaper, raise_shaper, shapers
 from agent.netlink.sysctl import reserve_ports
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
-from agent.netlink.tunnel import TunnelDeviceTable, tunnel_index
+from agent.netlink.tunnel import TunnelDeviceTable
 from agent.netlink.uplinks import node_addresses, uplinks
 
 __all__ = [
