@@ -85,7 +85,7 @@ SIZES = {
 }
 """Of the maps, in entries."""
 
-_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes")
+_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes", "tunnels")
 
 
 class Node(Rig):
