@@ -25,11 +25,12 @@ _WRAPPING = {4: 20 + 8 + 8 + 14, 6: 40 + 8 + 8 + 14}
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was found by looking at the node; `mtu` is that of its uplinks, in bytes."""
+    """What was found by looking at the node; `mtu` is that of its uplinks, `paths` those known to others, in bytes."""
 
     uplinks: Mapping[str, Uplink]
     node_addresses: frozenset[Address]
     mtu: int
+    paths: Mapping[Address, int]
 
 
 class Surroundings:
@@ -62,9 +63,11 @@ class Surroundings:
             uplinks=tuple(seen.uplinks.values()),
             addresses=own,
             tunnel=tunnel.ifindex if tunnel else 0,
+            tunnel_mtu=tunnel.device.mtu if tunnel else 0,
+            overhead=self._overhead,
             prefixes=self._prefixes,
         )
-        peers = self._ways.find(place, cluster)
+        peers = self._ways.find(place, cluster, seen.paths)
         now = Outside(
             uplinks=seen.uplinks,
             node_addresses=seen.node_addresses,
@@ -90,7 +93,10 @@ class Surroundings:
     def _look(self) -> _Seen:
         before = self._seen
         self._seen = _Seen(
-            netlink.uplinks(self._config.masquerade.uplinks), netlink.node_addresses(), netlink.uplink_mtu()
+            netlink.uplinks(self._config.masquerade.uplinks),
+            netlink.node_addresses(),
+            netlink.uplink_mtu(),
+            netlink.path_mtus() if self._overhead else {},
         )
         if before is None or self._seen.uplinks != before.uplinks:
             _tell(self._seen.uplinks)

@@ -22,6 +22,7 @@ from agent.netlink.devices import (
 from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
+from agent.netlink.paths import path_mtus
 from agent.netlink.peers import PeerRouteTable
 from agent.netlink.pods import (
     InterfaceExists,
@@ -64,6 +65,7 @@ __all__ = [
     "is_netns",
     "netns_cookie",
     "node_addresses",
+    "path_mtus",
     "pod_macs",
     "raise_host",
     "raise_shaper",

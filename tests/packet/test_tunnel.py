@@ -162,7 +162,7 @@ def test_stranger(tunnel: Tunnel, family: int, underlay: int) -> None:
 
 @BY_FAMILY
 def test_answers_of_the_stack(tunnel: Tunnel, family: int) -> None:
-    """What the stack has sent into the tunnel for a pod, as to a service, the stack gets back; of other flows nothing."""
+    """What the stack has sent into the tunnel for a pod, as to a service, is answered by the stack; others are not."""
     tunnel.peers(4)
     source = address_of(A, family)
     tunnel.out(leaving(family, source, pod_of(FAR, family)) / request("udp", family, 5000), fast=False)
