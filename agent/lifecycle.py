@@ -193,7 +193,7 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
 
 def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     maps, constants = datapath.maps, datapath.constants
-    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    lanes = {name: constants[f"PREFIX_{name.upper()}"] for name in ("native", "stack", "node")}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
         tunnel_devices=netlink.TunnelDeviceTable(HOST_MAC),

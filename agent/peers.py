@@ -107,7 +107,7 @@ def _within(inner: Mapping[Network, Lanes], outer: Mapping[Network, Lanes]) -> d
             if version == network.version and length <= network.prefixlen:
                 covering = outer.get(network.supernet(new_prefix=length))
                 if covering is not None:
-                    result[network] = replace(covering, stack=lanes.stack or covering.stack)
+                    result[network] = replace(covering, node=False, stack=lanes.stack or covering.stack)
                     break
     return result
 
@@ -143,17 +143,19 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
         if route is not None:
             routes[cidr] = route
     own = set(place.addresses)
-    addresses = (ip_network(each) for each in node.addresses if each not in own)
+    addresses = [ip_network(each) for each in node.addresses if each not in own]
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
     prefixes = {
         network: Lanes(
             native=True,
             stack=covers[network].stack,
             peer=peer,
+            node=is_node,
             tunnel=tunnels[network.version],
             mtu=mtu if tunnels[network.version] else 0,
         )
-        for network in (*node.pod_cidrs, *addresses)
+        for networks, is_node in ((node.pod_cidrs, False), (addresses, True))
+        for network in networks
     }
     return Way(peer, lanes, routes, prefixes)
 

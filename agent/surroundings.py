@@ -43,7 +43,8 @@ class Surroundings:
         self._file = RulesFile(path) if path else None
         self._rules = masquerade.inline_rules(config.masquerade)
         self._prefixes = masquerade.prefixes(config, self._rules)
-        self._settings = masquerade.settings(config.masquerade)
+        port = 0 if config.routing == "direct" else config.tunnel.port
+        self._settings = masquerade.settings(config.masquerade, port)
         self._ways = Ways()
         self._overhead = 0
         self._seen: _Seen | None = None

@@ -140,12 +140,13 @@ class TunnelTable(MapTable[int, TunnelEnd]):
 
 
 class PrefixTable(MapTable[Network, Lanes]):
-    """The map `prefixes`; `native` and `stack` are the bits that lanes have in it."""
+    """The map `prefixes`; `native`, `stack` and `node` are the bits that lanes have in it."""
 
-    def __init__(self, entries: Map, *, native: int, stack: int) -> None:
+    def __init__(self, entries: Map, *, native: int, stack: int, node: int) -> None:
         super().__init__(entries)
         self._native = native
         self._stack = stack
+        self._node = node
 
     def _key(self, raw: Value) -> Network:
         address, length = to_address(raw["address"]), raw["length"]
@@ -159,6 +160,7 @@ class PrefixTable(MapTable[Network, Lanes]):
             native=bool(raw["kind"] & self._native),
             stack=bool(raw["kind"] & self._stack),
             peer=peer if int(peer) else None,
+            node=bool(raw["kind"] & self._node),
             tunnel=raw["tunnel"],
             mtu=raw["mtu"],
         )
@@ -172,7 +174,7 @@ class PrefixTable(MapTable[Network, Lanes]):
             "peer": from_address(value.peer) if value.peer else _NOBODY,
             "tunnel": value.tunnel,
             "mtu": value.mtu,
-            "kind": value.native * self._native | value.stack * self._stack,
+            "kind": value.native * self._native | value.stack * self._stack | value.node * self._node,
         }
 
 

@@ -160,6 +160,24 @@ def test_stranger(tunnel: Tunnel, family: int, underlay: int) -> None:
     assert tunnel.into(honest, PEERS[underlay][0]).outcome == "fwd_from_peer"
 
 
+@EACH
+def test_pods_wrap_nothing(tunnel: Tunnel, family: int, underlay: int) -> None:
+    """What a pod of a node has wrapped under its own address is not the node's word."""
+    tunnel.peers(underlay)
+    packet = arriving(family, address_of(A, family), pod_of(FAR, family)) / UDP()
+    assert tunnel.into(packet, pod_of(FAR, underlay)).outcome == "drop_forged_peer"
+
+
+@BY_FAMILY
+def test_pods_do_not_pass_for_the_tunnel(tunnel: Tunnel, family: int) -> None:
+    """Nor does it get out under the node's address, to whatever address some other node may have."""
+    tunnel.node.configure(tunnel_port=4789)
+    packet = leaving(family, address_of(A, family), WORLD[family])
+    assert tunnel.node.out(packet / request("udp", family, 5000, to_port=4789)).outcome == "drop_forged_peer"
+    assert tunnel.node.out(packet / request("udp", family, 5000, to_port=4790)).outcome == "masq_out"
+    assert tunnel.node.out(packet / request("tcp", family, 5000, to_port=4789)).outcome == "masq_out"
+
+
 @BY_FAMILY
 def test_answers_of_the_stack(tunnel: Tunnel, family: int) -> None:
     """What the stack has sent into the tunnel for a pod, as to a service, is answered by the stack; others are not."""

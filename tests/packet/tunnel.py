@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from agent.state import Address, Lanes, Network, TunnelEnd
 from agent.wiring import HOST_MAC
 
 from .harness import Ran
-from .world import FAST, NATIVE, STACK, Node
+from .world import FAST, NATIVE, NODE_OWN, STACK, Node
 
 VNI, MTU = 112, 1450
 
@@ -74,10 +74,12 @@ class Tunnel:
 
     def peers(self, underlay: int, *, mtu: int = 0) -> None:
         """Tell the node of its two peers, which are reached over IPv4 or IPv6."""
-        table = PrefixTable(self.node.datapath.maps["prefixes"], native=NATIVE, stack=STACK)
+        table = PrefixTable(self.node.datapath.maps["prefixes"], native=NATIVE, stack=STACK, node=NODE_OWN)
         for number, peer in enumerate(PEERS[underlay], start=2):
             lanes = Lanes(native=True, peer=peer, tunnel=self.node.uplink, mtu=mtu)
-            assert table.upsert(dict.fromkeys(networks(number, underlay), lanes)) == {}
+            own = ip_network(peer)
+            pods = dict.fromkeys(pod_cidrs(number), lanes)
+            assert table.upsert({**pods, own: replace(lanes, node=True)}) == {}
         end = TunnelEnd(VNI, MTU, HOST_MAC)
         assert TunnelTable(self.node.datapath.maps["tunnels"]).upsert({self.node.uplink: end}) == {}
 
@@ -99,10 +101,9 @@ class Tunnel:
         return self.node.run_in(SkBuff(ifindex=self.node.uplink, mark=FAST if fast else 0), packet, program="to_tunnel")
 
 
-def networks(number: int, underlay: int) -> list[Network]:
-    """Return the prefixes that are a peer's: of its pods, of both families, and its own address."""
-    own = PEERS[underlay][number - 2]
-    return [*map(ip_network, (f"10.1.{number}.0/24", f"fd00:{number}::/64", f"{own}/{own.max_prefixlen}"))]
+def pod_cidrs(number: int) -> list[Network]:
+    """Return the prefixes of a peer's pods, of both families."""
+    return [ip_network(f"10.1.{number}.0/24"), ip_network(f"fd00:{number}::/64")]
 
 
 def pod_of(number: int, family: int) -> str:

@@ -47,8 +47,11 @@ def test_on_link(routing: Routing) -> None:
     found = way(place(routing), NEAR, NEAR6)
     assert found.lanes == {4: "direct", 6: "direct"}
     assert found.routes == {V4: PeerRoute(UPLINK, NEAR), V6: PeerRoute(UPLINK, NEAR6)}
-    own = [ip_network(each) for each in (NEAR, NEAR6)]
-    assert found.prefixes == dict.fromkeys((*CIDRS, *own), Lanes(native=True, peer=NEAR))
+    pods = Lanes(native=True, peer=NEAR)
+    assert found.prefixes == {
+        **dict.fromkeys(CIDRS, pods),
+        **dict.fromkeys(map(ip_network, (NEAR, NEAR6)), replace(pods, node=True)),
+    }
 
 
 def test_behind_a_router() -> None:
@@ -56,8 +59,11 @@ def test_behind_a_router() -> None:
     found = way(place(), FAR, FAR6)
     assert found.lanes == {4: "vxlan", 6: "vxlan"}
     assert found.routes == {V4: PeerRoute(TUNNEL, source=OWN[0]), V6: PeerRoute(TUNNEL, source=OWN[1])}
-    own = [ip_network(each) for each in (FAR, FAR6)]
-    assert found.prefixes == dict.fromkeys((*CIDRS, *own), Lanes(native=True, peer=FAR, tunnel=TUNNEL))
+    pods = Lanes(native=True, peer=FAR, tunnel=TUNNEL)
+    assert found.prefixes == {
+        **dict.fromkeys(CIDRS, pods),
+        **dict.fromkeys(map(ip_network, (FAR, FAR6)), replace(pods, node=True)),
+    }
 
 
 def test_vxlan_for_all() -> None:
