@@ -145,10 +145,12 @@ def _start(
     readiness.exhausted = store.exhausted
     wiring = Wiring()
     following = Following(config, store, readiness)
+    membership = following.membership
+    readiness.refused = lambda: membership.cluster.refused.get(config.node_name, "")
     chores = []
     if config.kubernetes is None:
-        chores.append(ListedNodes(config, config_path, following.membership.report).poll)
-    outside = partial(_outside, surroundings, following.membership, store)
+        chores.append(ListedNodes(config, config_path, membership.report).poll)
+    outside = partial(_outside, surroundings, membership, store)
     loop = _make_loop(config, datapath, store, wiring, outside, metrics)
     readiness.trouble = loop.trouble
     node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.pod_mtu, readiness=readiness)
@@ -208,7 +210,7 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
 
 def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     maps, constants = datapath.maps, datapath.constants
-    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    lanes = {name: constants[f"PREFIX_{name.upper()}"] for name in ("native", "stack", "node")}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
         tunnel_devices=netlink.TunnelDeviceTable(HOST_MAC),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from agent.diff import diff
+from agent.diff import Delta, diff
 from agent.failures import Failures
 from agent.plan import Inside, Outside, plan, routed_subnets
 from agent.pods import shaper_of
@@ -112,6 +112,7 @@ class Loop:
         self._outside = Outside()
         self._inside = Inside()
         self._known: State | None = None  # what is in the kernel, as far as we know
+        self._settled = State()  # the last plan, if all of it is in force
         self._failures = Failures()  # of the tables, by object
         self._settle_failures = Failures()
         self._condition = threading.Condition()
@@ -247,6 +248,7 @@ class Loop:
         if is_full:
             macs = self._upkeep.begin(pods)
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
+            self._settled = State()
         known = self._known
         assert known is not None
         self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs)
@@ -277,7 +279,7 @@ class Loop:
 
     def _apply(self, desired: State, known: State) -> None:
         failures: dict[str, KernelError] = {}
-        deltas = {name: diff(getattr(desired, name), getattr(known, name)) for name in _NAMES}
+        deltas = {name: self._delta(name, getattr(desired, name), getattr(known, name)) for name in _NAMES}
         for name, delta in deltas.items():
             if delta.upsert:
                 failed = self._table(name).upsert(delta.upsert)
@@ -291,6 +293,13 @@ class Loop:
                 for key in outdated - failed.keys():
                     getattr(known, name).pop(key, None)
         self._failures.update(failures)
+        self._settled = desired if not failures else State()
+
+    def _delta(self, name: str, desired: dict[Any, Any], known: dict[Any, Any]) -> Delta[Any, Any]:
+        """Compare; but not again what the last pass has brought in force: of other nodes there may be thousands."""
+        if desired is getattr(self._settled, name) and self._outside.live:
+            return Delta({}, frozenset())
+        return diff(desired, known)
 
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)

@@ -24,8 +24,8 @@ _PREFIXES = 1 << 16  # 5,000 nodes, with two addresses and two pod CIDRs each, t
 _TUNNELS = 8  # there is one, but for the moment in which it is made anew
 
 
-def settings(masquerade: Masquerade) -> Settings:
-    """Return what the programs themselves must know."""
+def settings(masquerade: Masquerade, tunnel_port: int = 0) -> Settings:
+    """Return what the programs themselves must know; `tunnel_port` is that of the nodes' tunnels, 0 without any."""
     return Settings(
         first_port=masquerade.first_port,
         last_port=masquerade.last_port,
@@ -37,6 +37,7 @@ def settings(masquerade: Masquerade) -> Settings:
         other=masquerade.other,
         other_protocols=masquerade.other_protocols,
         stack_routes=masquerade.stack_routes,
+        tunnel_port=tunnel_port,
     )
 
 

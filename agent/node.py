@@ -70,8 +70,8 @@ class Node:
         node's own addresses are known, 100 for a second ADD, 101 for no free address, 105 for an address or MAC that
         another pod has.
         """
-        if self._readiness.unproved:
-            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
+        if reason := self._readiness.unproved or self._readiness.refused():
+            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
         if reason := self._unaddressed(source):
             raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", reason)
@@ -222,7 +222,12 @@ class Node:
             raise CniError(Code.NOT_AVAILABLE_LIMITED, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
         try:
-            reason = self._unaddressed(source) or self._readiness.uninstalled or self._store.exhausted(source.pools)
+            reason = (
+                self._unaddressed(source)
+                or self._readiness.uninstalled
+                or self._readiness.refused()
+                or self._store.exhausted(source.pools)
+            )
         except StoreError as error:
             reason = str(error)
         if reason:

@@ -8,6 +8,7 @@ from ipaddress import ip_network
 from typing import Literal
 
 from agent.cluster import Cluster, ClusterNode
+from agent.config import IPV6_MIN_MTU
 from agent.state import Address, Lanes, Network, PeerRoute, Routing, Uplink
 
 Lane = Literal["direct", "vxlan", "routed"]
@@ -26,6 +27,10 @@ class Place:
     """The node's own, at which others reach it, the first one first."""
     tunnel: int = 0
     """The index of the tunnel's device; 0 as long as there is none."""
+    tunnel_mtu: int = 0
+    """Its MTU in bytes."""
+    overhead: int = 0
+    """The bytes by which it makes packets larger."""
     prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
     """Those that have lanes whoever is in the cluster."""
 
@@ -34,6 +39,8 @@ class Place:
 class Way:
     """The way to one node: the lanes of each family, the routes to its pods, and the prefixes that are its own."""
 
+    peer: Address | None
+    """The address at which it is called."""
     lanes: Mapping[int, Lane]
     routes: Mapping[Network, PeerRoute]
     prefixes: Mapping[Network, Lanes]
@@ -56,21 +63,27 @@ class Ways:
         self._covers = _Covers({})
         self._nodes: dict[str, ClusterNode] = {}
         self._cluster: Cluster | None = None
+        self._paths: Mapping[Address, int] = {}
         self._peers = Peers()
 
-    def find(self, place: Place, cluster: Cluster) -> Peers:
-        """Return the ways from the place to all of the cluster's peers; the same object while nothing changes."""
+    def find(self, place: Place, cluster: Cluster, paths: Mapping[Address, int] | None = None) -> Peers:
+        """Return the ways from the place to all of the cluster's peers; the same object while nothing changes.
+
+        `paths` are the path MTUs, in bytes, that are known to some addresses.
+        """
+        paths = paths or {}
         moved = place != self._place
-        if not moved and cluster is self._cluster:
+        if not moved and cluster is self._cluster and paths == self._paths:
             return self._peers
-        known = {} if moved else self._nodes
         if moved:
             self._covers = _Covers(place.prefixes)
-        ways = {
-            node.name: self._peers.ways[node.name] if known.get(node.name) == node else _way(place, self._covers, node)
-            for node in cluster.peers
-        }
-        self._place, self._cluster = place, cluster
+        changed = {each for each in paths.keys() | self._paths.keys() if paths.get(each) != self._paths.get(each)}
+        ways: dict[str, Way] = {}
+        for node in cluster.peers:
+            known = self._peers.ways[node.name] if not moved and self._nodes.get(node.name) == node else None
+            fits = known is not None and known.peer not in changed
+            ways[node.name] = known if known and fits else _way(place, self._covers, node, paths)
+        self._place, self._cluster, self._paths = place, cluster, paths
         self._nodes = {node.name: node for node in cluster.peers}
         self._peers = _together(place, ways)
         return self._peers
@@ -94,7 +107,7 @@ def _within(inner: Mapping[Network, Lanes], outer: Mapping[Network, Lanes]) -> d
             if version == network.version and length <= network.prefixlen:
                 covering = outer.get(network.supernet(new_prefix=length))
                 if covering is not None:
-                    result[network] = replace(covering, stack=lanes.stack or covering.stack)
+                    result[network] = replace(covering, node=False, stack=lanes.stack or covering.stack)
                     break
     return result
 
@@ -120,23 +133,37 @@ class _Covers:
         return Lanes()
 
 
-def _way(place: Place, covers: _Covers, node: ClusterNode) -> Way:
-    hops = _hops(place, node)
+def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+    peer, hops = _called(place, node), _hops(place, node)
+    mtu = _narrower(place, paths.get(peer, 0) if peer else 0)
     lanes = {version: _lane(place, hops.get(version)) for version in FAMILIES}
     routes = {}
     for cidr in node.pod_cidrs:
-        route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version)
+        route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
         if route is not None:
             routes[cidr] = route
     own = set(place.addresses)
-    addresses = (ip_network(each) for each in node.addresses if each not in own)
-    peer = _called(place, node)
+    addresses = [ip_network(each) for each in node.addresses if each not in own]
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
     prefixes = {
-        network: Lanes(native=True, stack=covers[network].stack, peer=peer, tunnel=tunnels[network.version])
-        for network in (*node.pod_cidrs, *addresses)
+        network: Lanes(
+            native=True,
+            stack=covers[network].stack,
+            peer=peer,
+            node=is_node,
+            tunnel=tunnels[network.version],
+            mtu=mtu if tunnels[network.version] else 0,
+        )
+        for networks, is_node in ((node.pod_cidrs, False), (addresses, True))
+        for network in networks
     }
-    return Way(lanes, routes, prefixes)
+    return Way(peer, lanes, routes, prefixes)
+
+
+def _narrower(place: Place, path: int) -> int:
+    """Return the MTU inside the tunnel where the path's is known and leaves less than the tunnel's own, else 0."""
+    mtu = max(path - place.overhead, IPV6_MIN_MTU) if path else 0
+    return mtu if mtu < place.tunnel_mtu else 0
 
 
 def _called(place: Place, node: ClusterNode) -> Address | None:
@@ -168,10 +195,10 @@ def _lane(place: Place, hop: tuple[int, Address] | None) -> Lane:
     return "routed" if place.routing == "direct" else "vxlan"
 
 
-def _route(place: Place, lane: Lane, hop: tuple[int, Address] | None, version: int) -> PeerRoute | None:
+def _route(place: Place, lane: Lane, hop: tuple[int, Address] | None, version: int, mtu: int) -> PeerRoute | None:
     if lane == "direct" and hop is not None:
         return PeerRoute(hop[0], gateway=hop[1])
     if lane == "vxlan" and place.tunnel:
         source = next((each for each in place.addresses if each.version == version), None)
-        return PeerRoute(place.tunnel, source=source)
+        return PeerRoute(place.tunnel, source=source, mtu=mtu)
     return None

@@ -23,6 +23,9 @@ class Readiness:
     exhausted: Callable[[], str] = lambda: ""
     """Says which of the agent's own addresses have run out; empty while there are some."""
 
+    refused: Callable[[], str] = lambda: ""
+    """Says which of the node's own pod CIDRs is another node's; empty if none."""
+
     @property
     def limited(self) -> str:
         """Why ADD cannot be served now, if running pods may be cut off as well; else empty."""
@@ -32,6 +35,6 @@ class Readiness:
     def reason(self) -> str:
         """Why ADD cannot be served now; empty if it can."""
         try:
-            return self.limited or self.unaddressed() or self.uninstalled or self.exhausted()
+            return self.limited or self.unaddressed() or self.uninstalled or self.refused() or self.exhausted()
         except StoreError as error:
             return str(error)

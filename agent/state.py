@@ -177,6 +177,8 @@ class Lanes:
     """Left to the host stack."""
     peer: Address | None = None
     """The node that has it, by the address at which it is called."""
+    node: bool = False
+    """It is an address of that node's own, not of its pods."""
     tunnel: int = 0
     """The index of the device that leads there, if that is the tunnel's."""
     mtu: int = 0
@@ -197,6 +199,7 @@ class Settings:
     other: int
     other_protocols: OtherProtocols | str
     stack_routes: bool
+    tunnel_port: int = 0
 
 
 @dataclass(frozen=True)

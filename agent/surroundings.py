@@ -25,11 +25,12 @@ _WRAPPING = {4: 20 + 8 + 8 + 14, 6: 40 + 8 + 8 + 14}
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was found by looking at the node; `mtu` is that of its uplinks, in bytes."""
+    """What was found by looking at the node; `mtu` is that of its uplinks, `paths` those known to others, in bytes."""
 
     uplinks: Mapping[str, Uplink]
     node_addresses: frozenset[Address]
     mtu: int
+    paths: Mapping[Address, int]
 
 
 class Surroundings:
@@ -43,7 +44,8 @@ class Surroundings:
         self._rules = masquerade.inline_rules(config.masquerade)
         self._prefixes: dict[Network, Lanes] = {}
         self._prefixes_of: tuple[Rules, tuple[Network, ...]] | None = None
-        self._settings = masquerade.settings(config.masquerade)
+        port = 0 if config.routing == "direct" else config.tunnel.port
+        self._settings = masquerade.settings(config.masquerade, port)
         self._ways = Ways()
         self._overhead = 0
         self._seen: _Seen | None = None
@@ -63,9 +65,11 @@ class Surroundings:
             uplinks=tuple(seen.uplinks.values()),
             addresses=own,
             tunnel=tunnel.ifindex if tunnel else 0,
+            tunnel_mtu=tunnel.device.mtu if tunnel else 0,
+            overhead=self._overhead,
             prefixes=self._current_prefixes(ranges),
         )
-        peers = self._ways.find(place, cluster)
+        peers = self._ways.find(place, cluster, seen.paths)
         now = Outside(
             uplinks=seen.uplinks,
             node_addresses=seen.node_addresses,
@@ -91,7 +95,10 @@ class Surroundings:
     def _look(self) -> _Seen:
         before = self._seen
         self._seen = _Seen(
-            netlink.uplinks(self._config.masquerade.uplinks), netlink.node_addresses(), netlink.uplink_mtu()
+            netlink.uplinks(self._config.masquerade.uplinks),
+            netlink.node_addresses(),
+            netlink.uplink_mtu(),
+            netlink.path_mtus() if self._overhead else {},
         )
         if before is None or self._seen.uplinks != before.uplinks:
             _tell(self._seen.uplinks)

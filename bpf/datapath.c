@@ -125,6 +125,8 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct t
         return enter_tunnel(skb, lanes->tunnel);
     if (packet->native || is_native(packet, lanes) || (rule == OTHER_STACK && !fast))
         return punt(skb, OUTCOME(fwd_native));
+    if (known && seems_wrapped(transport))
+        return drop(skb, OUTCOME(drop_forged_peer));
     if (known && rule == OTHER_MASQUERADE)
         return masquerade(skb, packet, transport);
     if (transport->part == PART_LATER && rule == OTHER_MASQUERADE)

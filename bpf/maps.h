@@ -119,6 +119,7 @@ struct settings {
     __u32 other;           /* of other protocols */
     __u32 other_protocols; /* OTHER_* */
     __u32 stack_routes;    /* 1: what leaves the node goes through the host stack */
+    __u32 tunnel_port;     /* UDP port of all nodes' tunnels; 0: there are none */
 };
 
 /* What becomes of pods' packets to the world that are neither TCP, UDP nor ICMP. */
@@ -175,7 +176,7 @@ struct outcomes {
     struct counter punt_ttl;
     struct counter punt_unknown_protocol;
 
-    struct counter drop_forged_peer; /* from_tunnel: not from the node that has the source */
+    struct counter drop_forged_peer; /* from_tunnel: not from the node that has the source; to_uplink: seems so */
     struct counter drop_mapped_address;
     struct counter drop_masq_exhausted;
     struct counter drop_masq_fragment;
@@ -226,6 +227,7 @@ BPF_TABLE("hash", __u32, struct tunnel, tunnels, 1);
 /* Destinations with lanes of their own, and with those of shorter prefixes. Written by the agent. */
 #define PREFIX_NATIVE 1 /* never masqueraded: the cluster, nonMasqueradeCIDRs, link-local */
 #define PREFIX_STACK  2 /* for the host stack: service addresses */
+#define PREFIX_NODE   4 /* the peer's own address, not its pods' */
 BPF_F_TABLE("lpm_trie", struct prefix, struct lanes, prefixes, 1, BPF_F_NO_PREALLOC);
 
 /* One entry. Written by the agent. */

@@ -125,5 +125,15 @@ static bool is_forged(struct __sk_buff *skb, const struct packet *packet)
     if (!tunnel || !unwrapped_from(skb, tunnel->vni, &sender))
         return true;
     struct lanes *claimed = find_lanes(&packet->source), *known = find_lanes(&sender);
-    return !claimed || !known || is_nobody(&claimed->peer) || !same_address(&claimed->peer, &known->peer);
+    return !claimed || !known || !(known->kind & PREFIX_NODE) || !same_address(&claimed->peer, &known->peer);
+}
+
+/* Would this, masqueraded, seem to come out of the node's own tunnel? */
+static bool seems_wrapped(const struct transport *transport)
+{
+    __u32 zero = 0;
+    struct settings *options = settings.lookup(&zero);
+
+    return options && options->tunnel_port && transport->tuple.protocol == IPPROTO_UDP && !transport->quoted &&
+           transport->tuple.destination_port == bpf_htons(options->tunnel_port);
 }

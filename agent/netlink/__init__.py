@@ -17,11 +17,13 @@ from agent.netlink.devices import (
     fallen_devices,
     index,
     own_devices,
+    tunnel_index,
     uplink_mtu,
 )
 from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
+from agent.netlink.paths import path_mtus
 from agent.netlink.peers import PeerRouteTable
 from agent.netlink.pods import (
     InterfaceExists,
@@ -35,7 +37,7 @@ from agent.netlink.shaping import QueueTable, create_shaper, raise_shaper, shape
 from agent.netlink.sysctl import Change, reserve_ports
 from agent.netlink.sysctl import restore as restore_sysctls
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
-from agent.netlink.tunnel import TunnelDeviceTable, tunnel_index
+from agent.netlink.tunnel import TunnelDeviceTable
 from agent.netlink.uplinks import node_addresses, uplinks
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "netns_cookie",
     "node_addresses",
     "own_devices",
+    "path_mtus",
     "pod_macs",
     "raise_host",
     "raise_shaper",

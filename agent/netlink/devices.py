@@ -157,6 +157,11 @@ def own_links(kind: str) -> Iterator[Link]:
     return (link for link in links(("IFLA_LINKINFO", wanted)) if is_own(link))
 
 
+def tunnel_index() -> int:
+    """Return the index of the tunnel's device, 0 without one. Raises KernelError."""
+    return next((link.index for link in own_links("vxlan") if link.name == TUNNEL), 0)
+
+
 def default_route_devices() -> set[int]:
     """Return the indexes of the devices that default routes of the main table use. Raises KernelError."""
     # ip route show table main default; ip -6 route show table main default

@@ -9,6 +9,7 @@ from pyroute2.netlink.rtnl import RTM_DELROUTE, RTM_NEWROUTE
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink.channel import Request, each, errno_of, request
+from agent.netlink.devices import tunnel_index
 from agent.netlink.rtnl import (
     ADD,
     CHANGE,
@@ -16,22 +17,28 @@ from agent.netlink.rtnl import (
     PROTOCOL,
     RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
+    RTAX_MTU,
     RTN_UNICAST,
 )
-from agent.netlink.tables import own_routes
+from agent.netlink.tables import OwnRoute, own_routes
 from agent.state import KernelError, Network, PeerRoute
+
+_FORGET = 1000  # routes that were seen once, before what is remembered of them is thrown away
 
 
 class PeerRouteTable:
     """`Table[Network, PeerRoute]`: the host's routes to other nodes' pods, which have a next hop or use the tunnel."""
 
+    def __init__(self) -> None:
+        self._known: dict[bytes, OwnRoute] = {}
+
     def read(self) -> dict[Network, PeerRoute]:
         """Return podlane's routes to other nodes. Raises KernelError."""
-        return {
-            route.network: PeerRoute(route.ifindex, route.gateway, route.source)
-            for route in own_routes(RTN_UNICAST)
-            if route.leads_to_peer
-        }
+        tunnel = tunnel_index()
+        routes = [each for each in own_routes(RTN_UNICAST, self._known) if each.leads_to_peer(tunnel)]
+        if len(self._known) > 2 * len(routes) + _FORGET:
+            self._known.clear()
+        return {each.network: PeerRoute(each.ifindex, each.gateway, each.source, each.mtu) for each in routes}
 
     def upsert(self, items: Mapping[Network, PeerRoute]) -> dict[Network, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
@@ -62,7 +69,7 @@ def _fields(network: Network) -> dict[str, int]:
 
 
 def _add(network: Network, route: PeerRoute, flags: int) -> Request:
-    # ip route add NETWORK [via [inet6] GATEWAY] dev DEVICE [src SOURCE] proto 112
+    # ip route add NETWORK [via [inet6] GATEWAY] dev DEVICE [src SOURCE] [mtu lock MTU] proto 112
     entry: list[tuple[str, object]] = [("RTA_DST", str(network.network_address)), ("RTA_OIF", route.ifindex)]
     if route.gateway is not None and route.gateway.version == network.version:
         entry.append(("RTA_GATEWAY", str(route.gateway)))
@@ -70,6 +77,10 @@ def _add(network: Network, route: PeerRoute, flags: int) -> Request:
         entry.append(("RTA_VIA", {"family": FAMILY[route.gateway.version], "addr": str(route.gateway)}))
     if route.source is not None:
         entry.append(("RTA_PREFSRC", str(route.source)))
+    if route.mtu:
+        # Locked: else neither forwarding nor bpf_fib_lookup looks at it.
+        metrics = [("RTAX_LOCK", 1 << RTAX_MTU), ("RTAX_MTU", route.mtu)]
+        entry.append(("RTA_METRICS", {"attrs": metrics}))
     what = f"add route {network} to another node{f' via {route.gateway}' if route.gateway else ''}"
     return request(what, rtmsg, RTM_NEWROUTE, flags, fields=_fields(network), attributes=entry)
 

@@ -23,7 +23,7 @@ from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink.channel import Request, attributes, dump, each, errno_of, request
-from agent.netlink.devices import TUNNEL, index
+from agent.netlink.devices import tunnel_index
 from agent.netlink.rtnl import (
     ADD,
     CHANGE,
@@ -40,9 +40,11 @@ from agent.netlink.rtnl import (
     RT_TABLE_MAIN,
     RTA_DST,
     RTA_GATEWAY,
+    RTA_METRICS,
     RTA_OIF,
     RTA_PREFSRC,
     RTA_VIA,
+    RTAX_MTU,
     RTN_UNICAST,
     RTN_UNREACHABLE,
     u32,
@@ -52,16 +54,19 @@ from agent.state import Address, HostRoute, KernelError, Neighbour, Network
 # The metric of unreachable subnets: whoever knows a way into one of them, as the node itself may, comes first.
 _LAST = 1 << 31
 
+HOST_BITS: dict[int, int] = {FAMILY[4]: 32, FAMILY[6]: 128}
+
 
 class RouteTable:
     """`Table[Address, HostRoute]`: the host's route to each pod's address."""
 
     def read(self) -> dict[Address, HostRoute]:
         """Return podlane's host routes. Raises KernelError."""
+        tunnel = tunnel_index()
         return {
             route.network.network_address: HostRoute(route.ifindex, route.source)
-            for route in own_routes(RTN_UNICAST)
-            if route.network.prefixlen == route.network.max_prefixlen and not route.leads_to_peer
+            for route in own_routes(RTN_UNICAST, hosts=True)
+            if not route.leads_to_peer(tunnel)
         }
 
     def upsert(self, items: Mapping[Address, HostRoute]) -> dict[Address, KernelError]:
@@ -129,39 +134,54 @@ class NeighbourTable:
 
 @dataclass(frozen=True, slots=True)
 class OwnRoute:
-    """One of podlane's routes. `ifindex` is 0 if it leads nowhere."""
+    """One of podlane's routes. `ifindex` is 0 if it leads nowhere, `mtu` (bytes) if it is the device's."""
 
     network: Network
     ifindex: int
     gateway: Address | None
     source: Address | None
-    tunnel: int
-    """The index of the tunnel's device."""
+    mtu: int
 
-    @property
-    def leads_to_peer(self) -> bool:
-        """Whether it is for another node's pods: those of the node's own have neither a next hop nor the tunnel."""
-        return self.gateway is not None or (self.ifindex == self.tunnel and self.ifindex > 0)
+    def leads_to_peer(self, tunnel: int) -> bool:
+        """Say whether it is for another node's pods: those of the node's own have neither a next hop nor the tunnel.
+
+        `tunnel` is the index of the tunnel's device.
+        """
+        return self.gateway is not None or self.ifindex == tunnel > 0
 
 
-def own_routes(kind: int) -> Iterator[OwnRoute]:
-    """Yield podlane's routes of a type (RTN_…). Raises KernelError."""
-    tunnel = index(TUNNEL) or 0
+def own_routes(kind: int, known: dict[bytes, OwnRoute] | None = None, *, hosts: bool = False) -> Iterator[OwnRoute]:
+    """Yield podlane's routes of a type (RTN_…), or with `hosts` those to a single address. Raises KernelError.
+
+    What is `known`, by the message that tells of it, need not be decoded again: there may be thousands.
+    """
     for family in FAMILY.values():
         # ip route show table main proto 112 type KIND; the kernel filters
         fields = {"family": family, "table": RT_TABLE_MAIN, "proto": PROTOCOL, "type": kind}
         for answer in dump(request("list routes", rtmsg, RTM_GETROUTE, fields=fields)):
             got, length, _, protocol, _, is_kind, _ = ROUTE.unpack_from(answer.body)
-            route = attributes(answer.body, ROUTE.size)
-            expected = (RTM_NEWROUTE, family, PROTOCOL, kind)
-            if (answer.type, got, protocol, is_kind) == expected and RTA_DST in route:
-                yield OwnRoute(
-                    ipaddress.ip_network((route[RTA_DST], length)),
-                    u32(route[RTA_OIF]) if RTA_OIF in route else 0,
-                    _gateway(route),
-                    _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None,
-                    tunnel,
-                )
+            if (answer.type, got, protocol, is_kind) != (RTM_NEWROUTE, family, PROTOCOL, kind):
+                continue
+            if hosts and length != HOST_BITS[family]:
+                continue
+            route = known.get(answer.body) if known is not None else None
+            if route is None:
+                route = _decoded(attributes(answer.body, ROUTE.size), family, length)
+                if known is not None:
+                    known[answer.body] = route
+            yield route
+
+
+def _decoded(route: dict[int, bytes], family: int, length: int) -> OwnRoute:
+    packed = route.get(RTA_DST, bytes(HOST_BITS[family] // 8))  # without one, it is a default route
+    metrics = attributes(route.get(RTA_METRICS, b""), 0)
+    return OwnRoute(
+        ipaddress.ip_network((packed, length)),
+        u32(route[RTA_OIF]) if RTA_OIF in route else 0,
+        _gateway(route),
+        _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None,
+        u32(metrics[RTAX_MTU]) if RTAX_MTU in metrics else 0,
+    )
 
 
 def _gateway(route: dict[int, bytes]) -> Address | None:

@@ -119,11 +119,6 @@ class TunnelDeviceTable:
             raise
 
 
-def tunnel_index() -> int:
-    """Return the index of podlane's VXLAN device, 0 without one. Raises KernelError."""
-    return next((link.index for link in own_links("vxlan") if link.name == TUNNEL), 0)
-
-
 def _prepare() -> None:
     """Let the host stack forward there, whatever the node's defaults are; packets may come back another way."""
     sysctl.ensure(f"net/ipv4/conf/{TUNNEL}/forwarding", "1")

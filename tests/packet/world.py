@@ -68,7 +68,7 @@ SETTINGS = {
     "stack_routes": 0,
 }
 
-NATIVE, STACK = 1, 2
+NATIVE, STACK, NODE_OWN = 1, 2, 4
 
 SIZES = {
     "endpoints": 64,
@@ -85,7 +85,7 @@ SIZES = {
 }
 """Of the maps, in entries."""
 
-_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes")
+_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes", "tunnels")
 
 
 class Node(Rig):
