@@ -16,7 +16,7 @@ from typing import get_args
 from agent import masquerade, netlink, supply
 from agent.collector import Collector
 from agent.config import Config, Paths
-from agent.datapath import cache, entries, kernel, loader, tables
+from agent.datapath import cache, entries, loader, requirements, tables
 from agent.datapath.source import CompileError
 from agent.following import Following, tell_failure
 from agent.gc import SelfGc
@@ -70,7 +70,7 @@ def run(config: Config, version: str, stop: threading.Event, config_path: Path |
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
             chores, scratch = _start(config, config_path, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
-            failure = f"{error}{kernel.remark(os.uname().release)}"
+            failure = f"{error}{requirements.remark(os.uname().release)}"
             tell_failure(config, failure)
             raise StartError(failure) from error
         while not stop.is_set():

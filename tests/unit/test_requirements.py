@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.datapath.kernel import remark
+from agent.datapath.requirements import remark
 
 
 @pytest.mark.parametrize("release", ["5.11.0", "5.15.0-101-generic", "6.1", "10.2.3", "custom"])
