@@ -71,7 +71,9 @@ test-kubernetes: setup ## Test podlane on the cluster of KUBECONFIG=…, which r
 	PODLANE_TEST_KUBECONFIG=$(KUBECONFIG) $(PYTEST) tests/kubernetes --numprocesses=0
 
 .PHONY: image
-image: ready ## Build the container image, build/podlane.tar
+image: ## Build the container image, build/podlane.tar
+	@deploy/setup.sh image
+	@$(MAKE) --no-print-directory --silent $(LAUNCHER)
 	$(PYTHON) deploy/image/build.py build/podlane.tar
 
 .PHONY: lint
