@@ -29,11 +29,13 @@ $(LAUNCHER): cni/launcher.c $(wildcard cni/*.h)
 ready: setup
 	@$(MAKE) --no-print-directory $(LAUNCHER)
 
+NODES ?= 1
+
 .PHONY: demo
-demo: ## Wire real pods in a real containerd and show what happens (cleans up after itself)
+demo: ## Wire real pods in a real containerd and show what happens; NODES=3 for a cluster (cleans up after itself)
 	@deploy/setup.sh demo
 	@$(MAKE) --no-print-directory --silent $(LAUNCHER)
-	@$(PYTHON) -m tests.e2e.demo
+	@$(PYTHON) -m tests.e2e.demo $(NODES)
 
 .PHONY: test
 test: ready ## Run every test, all four layers
@@ -62,6 +64,17 @@ test-node: ready ## Run agent and launcher in network namespaces
 .PHONY: test-e2e
 test-e2e: ready ## Run pods in containerd
 	$(PYTEST) tests/e2e
+
+.PHONY: test-kubernetes
+test-kubernetes: setup ## Test podlane on the cluster of KUBECONFIG=…, which runs it already
+	@[ -n "$(KUBECONFIG)" ] || { echo "give KUBECONFIG=…, of a cluster that runs podlane"; exit 2; }
+	PODLANE_TEST_KUBECONFIG=$(KUBECONFIG) $(PYTEST) tests/kubernetes --numprocesses=0
+
+.PHONY: image
+image: ## Build the container image, build/podlane.tar
+	@deploy/setup.sh image
+	@$(MAKE) --no-print-directory --silent $(LAUNCHER)
+	$(PYTHON) deploy/image/build.py build/podlane.tar
 
 .PHONY: lint
 lint: setup ## Check style, types, layering and C formatting

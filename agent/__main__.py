@@ -16,9 +16,11 @@ from typing import NoReturn
 
 from agent.config import Config, ConfigError, load
 from agent.import_host_local import ImportRefused, import_directory
+from agent.install import InstallError, install_launcher
 from agent.lifecycle import StartError, Stop, open_store, run
 from agent.logs import set_up
 from agent.store import StoreError
+from agent.uninstall import UninstallFailed, UninstallRefused, uninstall
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,15 @@ def main() -> None:
         _refuse(error)
     if arguments.command == "import":
         _import(config, arguments)
+    elif arguments.command == "install":
+        _install(config)
+    elif arguments.command == "uninstall":
+        _uninstall(config, force=arguments.force)
     else:
-        _run(config)
+        _run(config, arguments.config)
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, path: Path | None) -> None:
     set_up(config.log_level)
     gc.freeze()  # the modules stay for ever: to look through them takes a collection 50 ms, in which no pod is served
     stop = Stop()
@@ -49,7 +55,7 @@ def _run(config: Config) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
-        run(config, _version(), stop)
+        run(config, _version(), stop, path)
     except ConfigError as error:  # in the file of ip-masq-agent's that the configuration names
         _refuse(error)
     except StartError as error:
@@ -69,6 +75,22 @@ def _import(config: Config, arguments: argparse.Namespace) -> None:
             for line in import_directory(arguments.directory, network, arguments.ifname, store):
                 print(line)
     except (ImportRefused, StoreError, OSError) as error:
+        print(f"podlane-agent: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _install(config: Config) -> None:
+    try:
+        install_launcher(config.paths.launcher, config.paths.cni_bin_dir)
+    except InstallError as error:
+        print(f"podlane-agent: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _uninstall(config: Config, *, force: bool) -> None:
+    try:
+        uninstall(config, force=force, removed=lambda what: print(f"removed {what}"))
+    except (UninstallRefused, UninstallFailed) as error:
         print(f"podlane-agent: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -93,6 +115,18 @@ def _parse_arguments() -> argparse.Namespace:
     take_over.add_argument(
         "--ifname", metavar="NAME", default="eth0", help="the interface where old entries do not say it; default: eth0"
     )
+    commands.add_parser(
+        "install",
+        help="put the launcher where the runtime looks for it, and no more",
+        description="Put the launcher where the runtime looks for it: from then on a DEL succeeds, with or without the "
+        "agent. The agent does the same, and writes the network configuration, once it is ready.",
+    )
+    remove = commands.add_parser(
+        "uninstall",
+        help="remove all that podlane has put on this node",
+        description="Remove devices, programs, maps, routes, changed settings and files. The agent must not run.",
+    )
+    remove.add_argument("--force", action="store_true", help="also while pods are attached: they are cut off")
     return parser.parse_args()
 
 

@@ -6,6 +6,10 @@ import os
 import stat
 from pathlib import Path
 
+HOST = Path(os.environ.get("PODLANE_HOST", "/"))
+"""Below which the node's own /proc/sys/net and /sys/fs/bpf are. In a container those places are the container's, the
+first read-only and both closed to it by most AppArmor profiles: the node's are mounted elsewhere."""
+
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
     """Write a file atomically and durably, in place of what was there. Raises OSError.
@@ -27,6 +31,15 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def remove_file(path: Path) -> bool:
+    """Remove a file, and say whether it was there. Raises OSError."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def read_regular(path: Path, limit: int) -> bytes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from agent.files import replace_file
+from agent.files import remove_file, replace_file
 
 _CONFLIST = "10-podlane.conflist"
+_LAUNCHER = "podlane"
 
 
 class InstallError(Exception):
@@ -20,7 +21,7 @@ def install_launcher(source: Path, directory: Path) -> None:
         content = source.read_bytes()
     except OSError as error:
         raise InstallError(f"cannot read the launcher {source}: {error.strerror}; is paths.launcher right?") from error
-    _put(directory / "podlane", content, 0o755)
+    _put(directory / _LAUNCHER, content, 0o755)
 
 
 def install_conflist(directory: Path, network: str) -> None:
@@ -41,6 +42,16 @@ def install_conflist(directory: Path, network: str) -> None:
         ],
     }
     _put(directory / _CONFLIST, json.dumps(conflist, indent=2).encode() + b"\n", 0o644)
+
+
+def remove_conflist(directory: Path) -> bool:
+    """Tell the runtime to use podlane no more; say whether it was told to. Raises OSError."""
+    return remove_file(directory / _CONFLIST)
+
+
+def remove_launcher(directory: Path) -> bool:
+    """Take the launcher from the runtime's plugin directory; say whether it was there. Raises OSError."""
+    return remove_file(directory / _LAUNCHER)
 
 
 def _put(path: Path, content: bytes, mode: int) -> None:

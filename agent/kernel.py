@@ -13,16 +13,20 @@ from agent.datapath.sockets import SocketHooks
 from agent.hooks import StagedHooks
 from agent.loop import Tables
 from agent.state import OtherProtocols
+from agent.wiring import HOST_MAC
 
 log = logging.getLogger(__name__)
+
+_OUTWARD = ("from_uplink", "to_uplink", "from_tunnel", "to_tunnel")
 
 
 def open_tables(datapath: Datapath, hooks: StagedHooks, bpffs: Path, node_cgroup: Path | None) -> Tables:
     """Return all tables of the loop; those in maps are of that datapath."""
     maps, constants = datapath.maps, datapath.constants
-    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    lanes = {name: constants[f"PREFIX_{name.upper()}"] for name in ("native", "stack", "node")}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
+        tunnel_devices=netlink.TunnelDeviceTable(HOST_MAC),
         queues=netlink.QueueTable(),
         endpoints=entries.EndpointTable(maps["endpoints"]),
         settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
@@ -32,9 +36,11 @@ def open_tables(datapath: Datapath, hooks: StagedHooks, bpffs: Path, node_cgroup
         hooks=hooks,
         sockets=SocketHooks(datapath, bpffs, node_cgroup),
         uplinks=entries.UplinkTable(maps["uplinks"]),
+        tunnels=entries.TunnelTable(maps["tunnels"]),
         neighbours=netlink.NeighbourTable(),
         gateways=netlink.GatewayTable(),
         routes=netlink.RouteTable(),
+        peer_routes=netlink.PeerRouteTable(),
         subnets=netlink.SubnetTable(),
     )
 
@@ -48,4 +54,4 @@ def staged_hooks(kind: Literal["auto", "tcx", "clsact"], datapath: Datapath, bpf
     if not has_tcx:
         return StagedHooks(first=clsact, final=clsact, other=tcx)
     first = tcx if kind == "tcx" else clsact
-    return StagedHooks(first=first, final=tcx, other=clsact, patient=("from_uplink", "to_uplink"))
+    return StagedHooks(first=first, final=tcx, other=clsact, patient=_OUTWARD)

@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,17 @@ from typing import NoReturn
 from agent import kernel, masquerade, netlink, supply
 from agent.collector import Collector
 from agent.config import Config, Paths
-from agent.datapath import cache, loader, tables
+from agent.datapath import cache, loader, requirements, tables
 from agent.datapath.source import CompileError
+from agent.following import Following, tell_failure
 from agent.gc import SelfGc
 from agent.install import InstallError, install_conflist, install_launcher
+from agent.journal import Journal
 from agent.loop import Loop
+from agent.membership import Membership
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
+from agent.plan import Outside
 from agent.pods import shaper_of
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
@@ -39,7 +43,9 @@ log = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
+_UNREADY_SECONDS = 1.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
+_AT_UPLINKS = ("from_uplink", "to_uplink", "from_tunnel", "to_tunnel")
 _LOCK = "agent.lock"  # within the state directory
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address; one more is the self-test's
 
@@ -55,31 +61,34 @@ class Stop:
     asked: bool = False
 
 
-def run(config: Config, version: str, stop: Stop) -> NoReturn:
+def run(config: Config, version: str, stop: Stop, config_path: Path | None = None) -> NoReturn:
     """Run an agent. Pods and what carries their packets stay as they are when it ends, by SystemExit.
 
     A signal's handler raises that wherever the main thread is, at the start or later: as a crash there, it does no
-    harm, and calls in hand are finished. `stop` is for when the interpreter loses it (as in a finalizer). Raises
-    ConfigError, before anything is touched, and StartError.
+    harm, and calls in hand are finished. `stop` is for when the interpreter loses it (as in a finalizer). The file that
+    the configuration comes from, if any, is read again for its list of nodes. Raises ConfigError, before anything is
+    touched, and StartError.
     """
     surroundings = Surroundings(config)
     metrics, readiness = Metrics(version), Readiness()
     metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:
         try:
-            _lock_state(config.paths.state, cleanup)
+            lock_state(config.paths.state, cleanup)
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
-            spool, scratch, gc = _start(config, surroundings, metrics, readiness, cleanup)
+            chores, scratch = _start(config, config_path, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
-            raise StartError(str(error)) from error
+            failure = f"{error}{requirements.remark(os.uname().release)}"
+            tell_failure(config, failure)
+            raise StartError(failure) from error
         while not stop.asked:
-            spool.drain()
-            gc.collect()
+            for chore in chores:
+                chore()
             if readiness.unproved:
                 _prove(scratch, metrics, readiness)
-            if not readiness.unproved:
+            if not readiness.unproved and not (readiness.uninstalled and readiness.unaddressed()):
                 _install(config, readiness)
-            time.sleep(config.resync_seconds)
+            time.sleep(min(config.resync_seconds, _UNREADY_SECONDS) if readiness.uninstalled else config.resync_seconds)
     raise SystemExit
 
 
@@ -87,16 +96,24 @@ def open_store(config: Config) -> Store:
     """Open the IPAM store of a configuration. Raises StoreError and OSError."""
     return Store(
         config.paths.state / "ipam.db",
-        [each.range() for each in config.ranges],
-        boot_id=_BOOT_ID.read_text().strip(),
+        config.own_ranges,
+        boot_id=boot_id(),
         exclude=config.exclude,
         reserved=config.reserved,
         sticky=config.sticky,
     )
 
 
-def _lock_state(directory: Path, cleanup: ExitStack) -> None:
-    """Keep a second agent off the state directory; the kernel unlocks it however this one ends. Raises OSError."""
+def boot_id() -> str:
+    """Return what tells this boot of the machine from all others."""
+    return _BOOT_ID.read_text().strip()
+
+
+def lock_state(directory: Path, cleanup: ExitStack) -> None:
+    """Keep others off the state directory until `cleanup`; the kernel unlocks it however this process ends.
+
+    Raises OSError, and StartError if another agent is at work.
+    """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / _LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -116,10 +133,18 @@ def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup
 
 
 def _start(
-    config: Config, surroundings: Surroundings, metrics: Metrics, readiness: Readiness, cleanup: ExitStack
-) -> tuple[Spool, ScratchPod, SelfGc]:
-    """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
-    sysctls = Sysctls(config.masquerade)
+    config: Config,
+    config_path: Path | None,
+    surroundings: Surroundings,
+    metrics: Metrics,
+    readiness: Readiness,
+    cleanup: ExitStack,
+) -> tuple[Sequence[Callable[[], None]], ScratchPod]:
+    """Bring the datapath in force, settle what an earlier agent left, and serve launchers.
+
+    Returns what is to be done time and again, and the pod of the self-test.
+    """
+    sysctls = Sysctls(config.masquerade, Journal(config.paths.state, boot_id()))
     for changed in sysctls.ensure():
         log.info("set sysctl=%s", changed)
     datapath = _load_datapath(config, metrics)
@@ -128,7 +153,19 @@ def _start(
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
     wiring = Wiring()
-    loop = _make_loop(config, datapath, store, wiring, surroundings, sysctls, metrics)
+    following = Following(config, config_path, store, readiness)
+    outside = partial(_outside, surroundings, following.membership, store)
+    hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
+    loop = Loop(
+        store=store,
+        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
+        devices=wiring,
+        repaired=metrics.repaired,
+        settle=hooks.settle,
+        resync_seconds=config.resync_seconds,
+        outside=outside,
+        sysctls=sysctls.ensure,
+    )
     readiness.trouble = loop.trouble
     node = Node(
         store=store,
@@ -150,31 +187,14 @@ def _start(
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
+    following.start(loop.wake, metrics, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
-    return _serve_launchers(config.paths, node, metrics, cleanup), scratch, gc
+    spool = _serve_launchers(config.paths, node, metrics, cleanup)
+    return (spool.drain, gc.collect, following.poll), scratch
 
 
-def _make_loop(
-    config: Config,
-    datapath: loader.Datapath,
-    store: Store,
-    wiring: Wiring,
-    surroundings: Surroundings,
-    sysctls: Sysctls,
-    metrics: Metrics,
-) -> Loop:
-    hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
-    return Loop(
-        store=store,
-        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
-        devices=wiring,
-        repaired=metrics.repaired,
-        settle=hooks.settle,
-        subnets=[each.subnet for each in config.ranges],
-        resync_seconds=config.resync_seconds,
-        outside=surroundings.outside,
-        sysctls=sysctls.ensure,
-    )
+def _outside(surroundings: Surroundings, membership: Membership, store: Store, look: bool) -> Outside:
+    return surroundings.outside(membership.cluster, store.subnets, look=look)
 
 
 def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from agent.diff import diff
+from agent.diff import Delta, diff
 from agent.failures import Failures
 from agent.plan import Inside, Outside, plan, routed_subnets
 from agent.pods import shaper_of
@@ -31,12 +31,15 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     PodPort,
     Queue,
     Settings,
     Sources,
     State,
     Table,
+    TunnelDevice,
+    TunnelEnd,
 )
 from agent.store import AddressTaken, Phase, Pod, Store
 from agent.upkeep import Devices, Upkeep
@@ -51,11 +54,12 @@ _QUIET = 1.0  # seconds without a request, after which there is time for what ca
 class Tables:
     """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
 
-    Queues come before the endpoints that send through them. Uplinks come after hooks: `from_pod` sends nothing to an
-    uplink before `to_uplink` runs there, nor after it stops. Gateways come before the routes that name them as a
-    source.
+    Devices and queues come before what sends through them. Uplinks and tunnels come after hooks: `from_pod` sends
+    nothing there before `to_uplink` and `to_tunnel` run, nor after they stop. Gateways come before the routes that name
+    them as a source.
     """
 
+    tunnel_devices: Table[str, TunnelDevice]
     queues: Table[int, Queue]
     endpoints: Table[Address, Endpoint]
     settings: Table[int, Settings]
@@ -65,12 +69,16 @@ class Tables:
     hooks: Table[Hook, Attached]
     sockets: Table[str, int]
     uplinks: Table[int, Sources]
+    tunnels: Table[int, TunnelEnd]
     neighbours: Table[Neighbour, str]
     gateways: Table[Gateway, int]
     routes: Table[Address, HostRoute]
+    peer_routes: Table[Network, PeerRoute]
     subnets: Table[Network, Literal["unreachable"]]
 
 
+_OF_PEERS = ("tunnel_devices", "prefixes", "tunnels", "peer_routes")
+_NOTHING = Outside()
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
 
@@ -78,7 +86,7 @@ class Loop:
     """Brings the kernel to the plan, in a thread of its own.
 
     It tells `repaired(kind, count)` what had to be put back, and calls `settle` when nobody waits, for as long as that
-    returns True: there is more to do. `subnets` are those that the node's pods have their addresses from.
+    returns True: there is more to do.
     """
 
     def __init__(
@@ -89,14 +97,14 @@ class Loop:
         devices: Devices,
         repaired: Callable[[str, int], None],
         settle: Callable[[], bool],
-        subnets: Sequence[Network],
         resync_seconds: float,
-        outside: Callable[[], Outside] = Outside,
+        outside: Callable[[bool], Outside] = lambda _look: _NOTHING,
         sysctls: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """`outside` tells what the plan is made for; it is asked with every full pass, and may raise KernelError.
+        """`outside` tells what the plan is made for, and may raise KernelError.
 
-        So is `sysctls`: see `Upkeep`.
+        It is asked with every pass, and told whether to look at the kernel, as in a full pass; what else changes, the
+        cluster, costs it nothing to know. `sysctls` is called with every full pass: see `Upkeep`.
         """
         self._store = store
         self._tables = tables
@@ -104,13 +112,13 @@ class Loop:
         self._upkeep = Upkeep(devices, repaired, sysctls)
         self._repaired = repaired
         self._settle = settle
-        self._subnets = subnets
         self._interval = resync_seconds
         self._ask_outside = outside
         self._outside = Outside()
         self._inside = Inside()
         self._indexes: dict[str, int] = {}  # of devices, by name
         self._known: State | None = None  # what is in the kernel, as far as we know
+        self._settled = State()  # the last plan, if all of it is in force
         self._failures = Failures()  # of the tables, by object
         self._settle_failures = Failures()
         self._condition = threading.Condition()
@@ -144,6 +152,12 @@ class Loop:
         """Note that something may have changed behind our back: a full pass follows soon."""
         with self._condition:
             self._full_due = min(self._full_due, time.monotonic() + _FULL_PASS_PAUSE)
+            self._condition.notify_all()
+
+    def wake(self) -> None:
+        """Ask for a pass, not a full one, as when the cluster has changed."""
+        with self._condition:
+            self._requested += 1
             self._condition.notify_all()
 
     @contextmanager
@@ -240,19 +254,24 @@ class Loop:
     def _pass(self, full: bool) -> None:
         pods = [*self._store.pods(), *self._guests]
         before, macs, queued = self._known, self._inside.macs, self._inside.queued
-        if is_full := full or before is None:
-            self._outside = self._ask_outside()
+        is_full = full or before is None
+        self._outside = self._ask_outside(is_full)
+        if is_full:
             macs, queued = self._upkeep.begin(pods), self._devices.queued()
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
+            self._settled = State()
         known = self._known
         assert known is not None
         self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs, queued)
-        subnets = [*self._subnets, *(each.network for each in self._inside.subnets)]
         self._indexes = self._current_indexes(pods, {} if is_full else self._indexes)
-        desired = plan(pods, self._indexes, subnets, self._outside, self._inside)
+        desired = self._plan(pods)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)
+        outside = self._ask_outside(False)
+        if outside is not self._outside:  # a device was made, whose index the rest has waited for
+            self._outside = outside
+            self._apply(self._plan(pods), known)
         if is_full:
             self._upkeep.finish()
 
@@ -262,6 +281,10 @@ class Loop:
         names = {name for pod in settled for name in (pod.device, shaper_of(pod.device)) if name in known}
         others = self._devices.indexes([pod for pod in pods if pod.device not in names])
         return {name: known[name] for name in names} | others
+
+    def _plan(self, pods: Sequence[Pod]) -> State:
+        subnets = [*self._store.subnets, *(each.network for each in self._inside.subnets)]
+        return plan(pods, self._indexes, subnets, self._outside, self._inside)
 
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
         """Count as repairs the changes that are due now and were not before the kernel was read again."""
@@ -275,20 +298,35 @@ class Loop:
 
     def _apply(self, desired: State, known: State) -> None:
         failures: dict[str, KernelError] = {}
-        deltas = {name: diff(getattr(desired, name), getattr(known, name)) for name in _NAMES}
+        deltas = {name: self._delta(name, getattr(desired, name), getattr(known, name)) for name in _NAMES}
         for name, delta in deltas.items():
             if delta.upsert:
                 failed = self._table(name).upsert(delta.upsert)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
                 getattr(known, name).update({k: v for k, v in delta.upsert.items() if k not in failed})
         for name, delta in reversed(deltas.items()):
-            if delta.delete:
-                failed = self._table(name).delete(delta.delete)
+            outdated = delta.delete if self._outside.live else _outdated(name, delta.delete, known)
+            if outdated:
+                failed = self._table(name).delete(outdated)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
-                for key in delta.delete - failed.keys():
+                for key in outdated - failed.keys():
                     getattr(known, name).pop(key, None)
         self._failures.update(failures)
+        self._settled = desired if not failures else State()
+
+    def _delta(self, name: str, desired: dict[Any, Any], known: dict[Any, Any]) -> Delta[Any, Any]:
+        """Compare; but not again what the last pass has brought in force: of other nodes there may be thousands."""
+        if desired is getattr(self._settled, name) and self._outside.live:
+            return Delta({}, frozenset())
+        return diff(desired, known)
 
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)
         return table
+
+
+def _outdated(name: str, keys: frozenset[Any], known: State) -> frozenset[Any]:
+    """Return what may go before the nodes of the cluster are known: nothing by which this one reaches them."""
+    if name in _OF_PEERS:
+        return frozenset()
+    return frozenset(key for key in keys if name != "hooks" or key.device not in known.tunnel_devices)

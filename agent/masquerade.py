@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network
 
-from agent.config import Config, Masquerade
+from agent.config import Masquerade
 from agent.ipmasq import Rules
 from agent.state import Lanes, Network, Settings
 
@@ -20,13 +20,14 @@ _LEAST_INBOUND = 1 << 14
 _FRAGMENTS = 1 << 13  # datagrams under way at a time
 _UPLINKS = 1 << 8
 _NODE_ADDRESSES = 1 << 14  # services have theirs on the node where kube-proxy uses IPVS
-_PREFIXES = 1 << 14
+_PREFIXES = 1 << 16  # 5,000 nodes, with two addresses and two pod CIDRs each, three times over
+_TUNNELS = 8  # there is one, but for the moment in which it is made anew
 _HOST_PORTS = 1 << 13
 _PEERS = 1 << 14  # sockets of the node's own, each with one peer
 
 
-def settings(masquerade: Masquerade) -> Settings:
-    """Return what the programs themselves must know."""
+def settings(masquerade: Masquerade, tunnel_port: int = 0) -> Settings:
+    """Return what the programs themselves must know; `tunnel_port` is that of the nodes' tunnels, 0 without any."""
     return Settings(
         first_port=masquerade.first_port,
         last_port=masquerade.last_port,
@@ -38,6 +39,7 @@ def settings(masquerade: Masquerade) -> Settings:
         other=masquerade.other,
         other_protocols=masquerade.other_protocols,
         stack_routes=masquerade.stack_routes,
+        tunnel_port=tunnel_port,
     )
 
 
@@ -51,15 +53,15 @@ def inline_rules(masquerade: Masquerade) -> Rules:
     )
 
 
-def prefixes(config: Config, rules: Rules) -> dict[Network, Lanes]:
-    """Return the prefixes that have lanes of their own."""
-    native: set[Network] = {each.subnet for each in config.ranges} | set(rules.non_masquerade)
+def prefixes(masquerade: Masquerade, rules: Rules, own: Iterable[Network]) -> dict[Network, Lanes]:
+    """Return the prefixes that have lanes of their own; `own` are the subnets of the node's own ranges."""
+    native: set[Network] = set(own) | set(rules.non_masquerade)
     for version, masqueraded in ((4, rules.masq_link_local), (6, rules.masq_link_local_ipv6)):
         if not masqueraded:
             native.add(_LINK_LOCAL[version])
-    if not config.masquerade.enabled:
+    if not masquerade.enabled:
         native |= set(_EVERYTHING.values())
-    return lanes(native=native, stack=config.masquerade.service_cidrs)
+    return lanes(native=native, stack=masquerade.service_cidrs)
 
 
 def lanes(*, native: Iterable[Network], stack: Iterable[Network]) -> dict[Network, Lanes]:
@@ -105,6 +107,7 @@ def map_sizes(masquerade: Masquerade, memory: int) -> dict[str, int]:
         "stack_flows": max(flows // 4, _LEAST_NOTES),
         "fragments": _FRAGMENTS,
         "uplinks": _UPLINKS,
+        "tunnels": _TUNNELS,
         "node_addresses": _NODE_ADDRESSES,
         "host_ports": _HOST_PORTS,
         "peers": _PEERS,

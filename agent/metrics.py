@@ -22,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from agent.cluster import Cluster
 from agent.collector import Census
 from agent.collector import Collector as FlowCollector
 from agent.datapath.tables import Masqueraded
@@ -131,6 +132,19 @@ class Metrics:
     ) -> None:
         """Likewise; of flows, what the last scan left."""
         self.registry.register(_Masquerade(flows, masqueraded, uplinks))
+
+    def watch_cluster(self, cluster: Callable[[], Cluster], is_followed: Callable[[], bool]) -> None:
+        """Likewise, of the cluster as it is known, and whether it is followed at present."""
+        for name, text, read in (
+            ("podlane_cluster_nodes", "Other nodes that are known.", lambda: len(cluster().peers)),
+            (
+                "podlane_cluster_refused_nodes",
+                "Nodes with pod CIDRs that an older one has.",
+                lambda: len(cluster().refused),
+            ),
+            ("podlane_cluster_followed", "1 if changes of the cluster arrive.", is_followed),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
 
 
 class _Scraped(Collector):

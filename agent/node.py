@@ -83,12 +83,15 @@ class Node:
     def reserve(self, call: Call, request: Request, netns: int) -> None:
         """See `cni.commands.Node`.
 
-        Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved, 100 for a
-        second ADD, 101 for no free address, 105 for an address, MAC or host port that another pod has.
+        Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved or the
+        node's own addresses are known, 100 for a second ADD, 101 for no free address, 105 for an address, MAC or host
+        port that another pod has.
         """
-        if self._readiness.unproved:
-            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
+        if reason := self._readiness.unproved or self._readiness.refused():
+            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
+        if reason := self._unaddressed(source):
+            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", reason)
         published = host_ports.read(call.config.runtime_config.port_mappings, self._masqueraded_ports)
         _check_netns(netns, call)
         with translated():
@@ -243,13 +246,22 @@ class Node:
             raise CniError(Code.NOT_AVAILABLE_LIMITED, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
         try:
-            reason = self._readiness.uninstalled or self._store.exhausted(source.pools)
+            reason = (
+                self._unaddressed(source)
+                or self._readiness.uninstalled
+                or self._readiness.refused()
+                or self._store.exhausted(source.pools)
+            )
         except StoreError as error:
             reason = str(error)
         if reason:
             raise CniError(Code.NOT_AVAILABLE, "podlane cannot serve ADD now", reason)
         if source.delegate:
             _ask(source.delegate, request)
+
+    def _unaddressed(self, source: supply.Supply) -> str:
+        """Say why there are no addresses for calls that want the agent's own; empty if there are."""
+        return self._readiness.unaddressed() if source.pools is None else ""
 
     def _known(self, attachment: Attachment) -> Pod:
         with translated():

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from agent import allotment, pods, schema
@@ -72,7 +73,8 @@ class Store:
 
         `ranges` are the agent's own; `exclude`, `reserved` and `sticky` apply to them.
         """
-        self.default_pools = _default_pools(ranges, exclude, reserved)
+        self._pools_of = partial(_default_pools, exclude=exclude, reserved=reserved)
+        self.default_pools = self._pools_of(ranges)
         self._sticky = sticky
         self.boot_id = boot_id
         self._path = path
@@ -87,6 +89,15 @@ class Store:
             raise StoreError(f"the IPAM store {path} {error}") from error
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot open the IPAM store {path}: {error}") from error
+
+    def set_ranges(self, ranges: Sequence[Range]) -> None:
+        """Give addresses of these from now on, in place of the agent's own ones before; pods keep what they have."""
+        self.default_pools = self._pools_of(ranges)
+
+    @property
+    def subnets(self) -> tuple[Network, ...]:
+        """The subnets of the agent's own ranges."""
+        return tuple(each.subnet for pool in self.default_pools for each in pool.ranges)
 
     def close(self) -> None:
         """Close the database; the store cannot be used afterwards."""
@@ -133,6 +144,8 @@ class Store:
         """
         if pools is None:
             pools, sticky = self.default_pools, self._sticky
+            if not pools:
+                raise RangeExhausted("this node has no addresses of its own to give")
         requests = match_requests(pools, requested)
         pod = Pod(
             attachment=attachment,

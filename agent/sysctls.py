@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from agent import netlink
 from agent.config import Masquerade
+from agent.journal import Journal
 
 
 class Sysctls:
-    """See `ensure`; `masquerade` tells the ports."""
+    """See `ensure`; `masquerade` tells the ports, `journal` keeps what is to be taken back one day."""
 
-    def __init__(self, masquerade: Masquerade) -> None:
+    def __init__(self, masquerade: Masquerade, journal: Journal) -> None:
         self._masquerade = masquerade
+        self._journal = journal
 
     def ensure(self) -> list[str]:
-        """Set what is set otherwise; return what that was. Raises KernelError."""
-        changed = []
+        """Set what is set otherwise; return that, as "name=value". Raises KernelError and OSError."""
+        changes: dict[str, netlink.Change] = {}
         if not netlink.forwarding_enabled():
-            netlink.enable_forwarding()
-            changed.append("forwarding")
-        first, last = self._masquerade.first_port, self._masquerade.last_port
-        if self._masquerade.enabled and netlink.reserve_ports(first, last):
-            changed.append(f"net.ipv4.ip_local_reserved_ports={first}-{last}")
-        return changed
+            changes |= netlink.enable_forwarding()
+        if self._masquerade.enabled:
+            changes |= netlink.reserve_ports(self._masquerade.first_port, self._masquerade.last_port)
+        self._journal.note(changes)
+        return [f"{name.replace('/', '.')}={change.after}" for name, change in changes.items()]

@@ -27,12 +27,14 @@
 #include "masquerade.h"
 #include "parse.h"
 #include "ports.h"
+#include "prefix.h"
 #include "rewrite.h"
 #include "shaping.h"
 #include "sockets.h"
 #include "spoofing.h"
 #include "stack.h"
 #include "transport.h"
+#include "tunnel.h"
 
 /* An IP packet from a pod: is it the pod's, and who carries it on? */
 static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
@@ -136,8 +138,13 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct t
     if (note)
         return punt(skb, OUTCOME(fwd_reply));
     __u32 rule = rule_for(packet, transport);
-    if (packet->native || is_native(packet) || (rule == OTHER_STACK && !fast))
+    struct lanes *lanes = find_lanes(&packet->destination);
+    if (lanes && lanes->tunnel) /* by the stack's routes it has come here, to one of a node's own addresses */
+        return enter_tunnel(skb, lanes->tunnel);
+    if (packet->native || is_native(packet, lanes) || (rule == OTHER_STACK && !fast))
         return punt(skb, OUTCOME(fwd_native));
+    if (known && seems_wrapped(transport))
+        return drop(skb, OUTCOME(drop_forged_peer));
     if (known && rule == OTHER_MASQUERADE)
         return masquerade(skb, packet, transport);
     if (transport->part == PART_LATER && rule == OTHER_MASQUERADE)
@@ -180,6 +187,15 @@ int to_uplink(struct __sk_buff *skb)
     return punt(skb, OUTCOME(fwd_host_out));
 }
 
+/* Must the stack have what comes for a pod: to look at options, to answer, or to give it back to one of its flows? */
+static bool needs_stack(const struct packet *packet, const struct transport *transport, bool known,
+                        const struct endpoint *pod)
+{
+    if (packet->has_options || packet->ttl <= 1)
+        return true;
+    return pod->via_stack && (packet->is_fragment || (known && stack_flows.lookup((struct tuple *)&transport->tuple)));
+}
+
 /* What comes from outside: ingress of an uplink. */
 int from_uplink(struct __sk_buff *skb)
 {
@@ -198,17 +214,84 @@ int from_uplink(struct __sk_buff *skb)
     struct endpoint *pod = endpoints.lookup(&packet.destination);
     if (!pod || is_link_local(&packet.destination))
         return punt(skb, transport.part == PART_LATER ? OUTCOME(punt_fragment) : OUTCOME(fwd_host_in));
-    if (packet.has_options || packet.ttl <= 1)
-        return punt(skb, outcome);
-    if (pod->via_stack && (packet.is_fragment || (known && stack_flows.lookup(&transport.tuple))))
+    if (needs_stack(&packet, &transport, known, pod))
         return punt(skb, outcome);
     if (known && outcome == OUTCOME(fwd_inbound))
         note_direct(&transport);
     if (pod->shaper) /* see leave_to_stack */
         return punt(skb, outcome);
-    if (packet.is_ipv6)
-        bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
-    return deliver(skb, &packet, pod, outcome);
+    return deliver_from_outside(skb, &packet, pod, outcome);
+}
+
+/* What a pod sends into the tunnel, in a flow that came by a host port: 0 if it is no such packet. */
+static __u64 answer_by_tunnel(struct __sk_buff *skb, struct packet *packet, struct transport *transport)
+{
+    struct note *note = reply_note(packet, transport);
+
+    if (!note || !note->port)
+        return 0;
+    remember_ports(transport);
+    return answer_as_noted(skb, packet, transport, note) ? OUTCOME(port_out) : OUTCOME(drop_masq_unsupported);
+}
+
+/* What goes to nodes that are not on-link: egress of the tunnel. The only place where the node is chosen. */
+int to_tunnel(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+    bool fast = skb->mark == FAST_MARK;
+    __u32 ifindex = skb->ifindex;
+    __u64 answered = 0;
+
+    if (skb->cb[0] == SEEN)
+        return punt(skb, OUTCOME(fwd_to_peer));
+    skb->cb[0] = SEEN;
+    if (fast)
+        skb->mark = 0;
+    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
+        return drop(skb, OUTCOME(drop_no_peer));
+    struct tunnel *tunnel = tunnels.lookup(&ifindex);
+    struct lanes *lanes = find_lanes(&packet.destination);
+    if (!tunnel || !lanes || is_nobody(&lanes->peer))
+        return drop(skb, OUTCOME(drop_no_peer));
+    struct endpoint *pod = endpoints.lookup(&packet.source);
+    if (pod && (!fast || pod->serves) && identify(skb, &packet, &transport)) {
+        if (!fast)
+            keep_in_stack(&transport, pod);
+        if (pod->serves)
+            answered = answer_by_tunnel(skb, &packet, &transport);
+    }
+    if (answered == OUTCOME(drop_masq_unsupported))
+        return drop(skb, answered);
+    if (wrap(skb, tunnel, &lanes->peer))
+        return drop(skb, OUTCOME(drop_no_peer));
+    return punt(skb, answered ?: OUTCOME(fwd_to_peer));
+}
+
+/* What comes from nodes that are not on-link: ingress of the tunnel. Nothing here is believed but by who sent it. */
+int from_tunnel(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+    __u64 outcome = OUTCOME(fwd_from_peer);
+
+    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet) || is_forged(skb, &packet))
+        return drop(skb, OUTCOME(drop_forged_peer));
+    if (skb->pkt_type != PACKET_HOST)
+        return punt(skb, OUTCOME(fwd_peer_host));
+    bool known = identify(skb, &packet, &transport);
+    struct endpoint *pod = endpoints.lookup(&packet.destination);
+    if (pod && known && pod->serves)
+        forget_host_port(&transport);
+    if (!pod && known && to_host_port(skb, &packet, &transport)) {
+        outcome = OUTCOME(port_in);
+        pod = endpoints.lookup(&packet.destination);
+    }
+    if (!pod || is_link_local(&packet.destination))
+        return punt(skb, OUTCOME(fwd_peer_host));
+    if (needs_stack(&packet, &transport, known, pod) || pod->shaper)
+        return punt(skb, outcome);
+    return deliver_from_outside(skb, &packet, pod, outcome);
 }
 
 /* What the node's own processes connect to, and what datagrams of unconnected sockets are for. */

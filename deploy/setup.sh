@@ -1,15 +1,16 @@
 #!/bin/sh
-# setup.sh run|demo|test: make this Debian machine able to run podlane, its demo, or its tests.
+# setup.sh run|image|demo|test: make this Debian machine able to run podlane, to build its image, or for demo or tests.
 # Idempotent; says what it installs. Needs root, apt and pip; no kernel headers, no other network.
 set -eu
 cd "$(dirname "$0")/.."
-for_what=${1:?run, demo or test}
+for_what=${1:?run, image, demo or test}
 
 # bcc with its LLVM (not on PyPI), libbpf, UAPI headers; a C library small enough for the static launcher.
 packages="python3-venv python3-bpfcc libbpf1 linux-libc-dev musl-tools gcc make iproute2"
 extras=
 case $for_what in
 run) ;;
+image) packages="$packages mmdebstrap" ;;
 demo)
     # A real container runtime, the loopback plugin that it insists on, and an image's worth of programs.
     packages="$packages containerd runc containernetworking-plugins busybox-static"
@@ -18,10 +19,10 @@ demo)
 test)
     # podman is another client of CNI, with runc as well.
     packages="$packages containerd runc containernetworking-plugins busybox-static podman
-        iputils-ping iperf3 strace tcpdump prometheus clang-format bpftool iptables procps curl"
+        iputils-ping iperf3 strace tcpdump prometheus clang-format bpftool iptables procps curl mmdebstrap"
     extras="[demo,test,lint]"
     ;;
-*) echo "setup.sh: $for_what: not one of run, demo, test" >&2 && exit 2 ;;
+*) echo "setup.sh: $for_what: not one of run, image, demo, test" >&2 && exit 2 ;;
 esac
 
 missing=

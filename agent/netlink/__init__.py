@@ -10,17 +10,22 @@ from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
     ALIAS_PREFIX,
     NAME_PREFIX,
+    TUNNEL,
     delete_device,
     devices,
     enable_forwarding,
     fallen_devices,
     forwarding_enabled,
     index,
+    own_devices,
+    tunnel_index,
     uplink_mtu,
 )
 from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, own_netns_cookie, same_netns
+from agent.netlink.paths import path_mtus
+from agent.netlink.peers import PeerRouteTable
 from agent.netlink.pods import (
     InterfaceExists,
     configure_pod,
@@ -30,21 +35,27 @@ from agent.netlink.pods import (
     raise_host,
 )
 from agent.netlink.shaping import QueueTable, create_shaper, foreign_queues, raise_shaper, shapers
-from agent.netlink.sysctl import reserve_ports
+from agent.netlink.sysctl import Change, reserve_ports
+from agent.netlink.sysctl import restore as restore_sysctls
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
+from agent.netlink.tunnel import TunnelDeviceTable
 from agent.netlink.uplinks import node_addresses, uplinks
 
 __all__ = [
     "ALIAS_PREFIX",
     "NAME_PREFIX",
+    "TUNNEL",
+    "Change",
     "ClsactHooks",
     "GatewayTable",
     "InterfaceExists",
     "Monitor",
     "NeighbourTable",
+    "PeerRouteTable",
     "QueueTable",
     "RouteTable",
     "SubnetTable",
+    "TunnelDeviceTable",
     "configure_pod",
     "create_pair",
     "create_shaper",
@@ -60,13 +71,17 @@ __all__ = [
     "is_netns",
     "netns_cookie",
     "node_addresses",
+    "own_devices",
     "own_netns_cookie",
+    "path_mtus",
     "pod_macs",
     "raise_host",
     "raise_shaper",
     "reserve_ports",
+    "restore_sysctls",
     "same_netns",
     "shapers",
+    "tunnel_index",
     "uplink_mtu",
     "uplinks",
 ]

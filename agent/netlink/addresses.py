@@ -30,8 +30,9 @@ from agent.state import Gateway, KernelError
 
 # linux/if_addr.h. No duplicate address detection, and no route to the address but the local one.
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
+FOREVER = 0xFFFFFFFF  # seconds
 # struct ifa_cacheinfo, in seconds: preferred for none, valid for ever, and two times that the kernel tells.
-NEVER_PREFERRED = struct.pack("=IIII", 0, 0xFFFFFFFF, 0, 0)
+NEVER_PREFERRED = struct.pack("=IIII", 0, FOREVER, 0, 0)
 
 
 class GatewayTable:

@@ -104,6 +104,19 @@ class ClsactHooks:
                 failures[hook] = error
         return failures
 
+    def sweep(self) -> list[str]:
+        """Detach all of podlane's programs, and remove qdiscs that this leaves empty. Raises KernelError.
+
+        Returns the devices. To be called with none of the above, by an object that knows no programs.
+        """
+        swept = {}
+        for hook, attached in self.read().items():
+            perform([_delete_filter(hook, attached.ifindex)])
+            swept[hook.device] = attached.ifindex
+        for device, number in swept.items():
+            _delete_unused_qdisc(device, number)
+        return list(swept)
+
     def _attach(self, hook: Hook, wanted: Attached) -> None:
         what = f"attach {wanted.program} at {hook.direction} of {hook.device}"
         if wanted.program not in self._programs:

@@ -46,6 +46,9 @@ from agent.netlink.rtnl import (
 NAME_PREFIX = "pl"
 ALIAS_PREFIX = "podlane:"
 
+TUNNEL = "podlane.vx"
+"""The name of the device that leads to nodes that are not on-link."""
+
 DEFAULT_MTU = 1500  # bytes
 
 RTEXT_FILTER_SKIP_STATS = 8  # linux/rtnetlink.h
@@ -70,6 +73,11 @@ class Link:
 def devices() -> dict[str, int]:
     """Return the host ends of podlane's veth pairs, name to index. Raises KernelError."""
     return {link.name: link.index for link in host_ends()}
+
+
+def own_devices() -> list[str]:
+    """Return the names of all of podlane's devices: host ends, shapers, the tunnel. Raises KernelError."""
+    return [link.name for link in links() if is_own(link)]
 
 
 def fallen_devices() -> set[str]:
@@ -121,18 +129,19 @@ def forwarding_enabled() -> bool:
     )
 
 
-def enable_forwarding() -> None:
-    """Let the host stack forward between pods and the world. Raises KernelError."""
-    sysctl.ensure("net/ipv4/ip_forward", "1")
+def enable_forwarding() -> dict[str, sysctl.Change]:
+    """Let the host stack forward between pods and the world; return what that changed. Raises KernelError."""
+    changes = sysctl.ensure("net/ipv4/ip_forward", "1")
     if sysctl.ipv6_present():
-        sysctl.keep_router_advertisements()
-        sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
+        changes |= sysctl.keep_router_advertisements()
+        changes |= sysctl.ensure("net/ipv6/conf/all/forwarding", "1")
+    return changes
 
 
 def is_own(link: Link) -> bool:
-    """Say whether a device is the host end of a pod's veth pair, or such a pod's shaper."""
+    """Say whether a device is the host end of a pod's veth pair, such a pod's shaper, or the tunnel."""
     alias = text(link.attributes.get(IFLA_IFALIAS, b""))
-    return link.name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX)
+    return (link.name.startswith(NAME_PREFIX) or link.name == TUNNEL) and alias.startswith(ALIAS_PREFIX)
 
 
 def links(*filters: tuple[str, object]) -> Iterator[Link]:
@@ -154,6 +163,11 @@ def own_links(kind: str) -> Iterator[Link]:
     # ip link show type KIND
     wanted = {"attrs": [("IFLA_INFO_KIND", kind)]}
     return (link for link in links(("IFLA_LINKINFO", wanted)) if is_own(link))
+
+
+def tunnel_index() -> int:
+    """Return the index of the tunnel's device, 0 without one. Raises KernelError."""
+    return next((link.index for link in own_links("vxlan") if link.name == TUNNEL), 0)
 
 
 def default_route_devices() -> set[int]:

@@ -31,8 +31,10 @@ _UNIX_PATH_MAX = 107  # bytes; unix(7)
 # Directories whose names are compiled in, for shim sockets (containerd) and results (libcni): made private.
 _SHARED_DIRECTORIES = {"shims": "/run/containerd", "cni": "/var/lib/cni"}
 
-# PID 1 of the box: reaps, and ends when either containerd or the harness does (end of file on stdin).
+# PID 1 of the box: reaps, and ends when either containerd or the harness does (end of file on stdin). Its mounts are
+# shared, as on any node: a container may ask to see those that come later.
 _INIT = """
+mount --make-rshared / &&
 mount --bind "$1/shims" /run/containerd && mount --bind "$1/cni" /var/lib/cni && ip link set lo up || exit
 containerd --config "$1/config.toml" </dev/null &
 cat <&0 >/dev/null &
@@ -76,7 +78,8 @@ class Containerd:
     the mount points /run/containerd and /var/lib/cni stay, empty, if the machine had none. `conf_dir` and `bin_dir`
     are its CNI directories; `bin_dir` gets a link to the `loopback` plugin if it has none. `netns` is the name, as
     of `ip netns`, of the network namespace that stands for the node; by default the caller's. CNI plugins inherit
-    containerd's environment, which is a PATH and `env`. Once started, `pid` is its PID as seen from outside.
+    containerd's environment, which is a PATH and `env`. Once started, `pid` is its PID as seen from outside, `cri` its
+    client, and `netns_dir` where it has its pods' network namespaces.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Containerd:
     ) -> None:
         self._home = directory.resolve() / "containerd"
         self._socket = self._home / "containerd.sock"
+        self.netns_dir = self._home / "state/io.containerd.grpc.v1.cri/netns"
         self.cgroup = cgroup_of(self._home)
         self._conf_dir, self._bin_dir = conf_dir.resolve(), bin_dir.resolve()
         self._netns, self._env = netns, {"PATH": PATH, **(env or {})}
@@ -115,17 +119,20 @@ class Containerd:
             snapshotter = self._prepare(undo)
             self._box = Box(self._home, _INIT, netns=self._netns, env=self._env)
             undo.callback(self._box.close)
-            self.pid = self._retry(lambda: server_pid(self._socket))
-            self._cri = CriClient(self._socket)
-            undo.callback(self._cri.close)
-            self._retry(lambda: self._cri.check_ready(network=False))
-            self._import_image(snapshotter)
+            self.pid = self.retry(lambda: server_pid(self._socket))
+            self.cri = CriClient(self._socket)
+            undo.callback(self.cri.close)
+            self.retry(lambda: self.cri.check_ready(network=False))
+            self._snapshotter = snapshotter
+            archive = self._home / "image.tar"
+            write_image(archive)
+            self.import_image(archive, IMAGE)
             undo.callback(self._remove_pods)
             self._undo = undo.pop_all()
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Wait until a CNI configuration is in force; after `timeout` seconds, raise `ContainerdError`."""
-        self._retry(lambda: self._cri.check_ready(network=True), timeout)
+        self.retry(lambda: self.cri.check_ready(network=True), timeout)
 
     def stop(self) -> None:
         """Remove all pods, end every process and remove everything that was made. Idempotent.
@@ -137,7 +144,7 @@ class Containerd:
 
     def networks(self) -> list[str]:
         """Return the names of the CNI networks that pods are attached to now, the loopback one first."""
-        return self._cri.networks()
+        return self.cri.networks()
 
     def run_pod(
         self, name: str, command: Sequence[str] | None = None, *, host_ports: Mapping[int, int] | None = None
@@ -148,22 +155,34 @@ class Containerd:
         and raises `CriError` or `ContainerdError`, having removed the pod.
         """
         config = sandbox_config(name, f"/{self.cgroup}", host_ports or {})
-        sandbox = self._cri.run_sandbox(config)
+        sandbox = self.cri.run_sandbox(config)
         try:
-            container = self._cri.run_container(sandbox, config, IMAGE, command or SERVE_OWN_NAME)
-            status = self._cri.sandbox_status(sandbox)
+            container = self.cri.run_container(sandbox, config, IMAGE, command or SERVE_OWN_NAME)
+            status = self.cri.sandbox_status(sandbox)
             netns = Path(f"/proc/{self.pid}/root{status.netns}")
             if command is None:
                 wait_for_server(name, netns)
         except (CriError, ContainerdError):
-            self._cri.remove_sandbox(sandbox)
+            self.cri.remove_sandbox(sandbox)
             raise
-        return Pod(sandbox, name, status.ips, netns, container, self._cri)
+        return Pod(sandbox, name, status.ips, netns, container, self.cri)
 
     def run_pods(self, count: int, *, prefix: str = "pod-") -> list[Pod]:
         """Run `count` pods named `prefix`0, `prefix`1, … several at a time."""
         with ThreadPoolExecutor(PARALLEL_CALLS) as pool:
             return list(pool.map(self.run_pod, (f"{prefix}{number}" for number in range(count))))
+
+    def import_image(self, archive: Path, name: str) -> None:
+        """Make the image of that name in a docker archive known. Raises `ContainerdError`."""
+        ctr = ["ctr", "--address", str(self._socket), "--namespace", "k8s.io"]
+        done = subprocess.run(
+            [*ctr, "images", "import", "--snapshotter", self._snapshotter, str(archive)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise ContainerdError(f"import image {name}: {done.stderr.strip()}")
+        self.retry(lambda: self.cri.check_image(name))
 
     def _prepare(self, undo: ExitStack) -> str:
         self._home.mkdir(parents=True)
@@ -207,20 +226,7 @@ disabled_plugins = {json.dumps([*plugins, "io.containerd.internal.v1.opt"])}
   runtime_type = "io.containerd.runc.v2"
 """
 
-    def _import_image(self, snapshotter: str) -> None:
-        archive = self._home / "image.tar"
-        write_image(archive)
-        ctr = ["ctr", "--address", str(self._socket), "--namespace", "k8s.io"]
-        done = subprocess.run(
-            [*ctr, "images", "import", "--snapshotter", snapshotter, str(archive)],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise ContainerdError(f"import image {IMAGE}: {done.stderr.strip()}")
-        self._retry(lambda: self._cri.check_image(IMAGE))
-
-    def _retry(self, action: Callable[[], T], timeout: float = START_TIMEOUT) -> T:
+    def retry(self, action: Callable[[], T], timeout: float = START_TIMEOUT) -> T:
         """Do `action` until it succeeds: a runtime that is still starting refuses connections and calls."""
         deadline = time.monotonic() + timeout
         while True:
@@ -234,7 +240,7 @@ disabled_plugins = {json.dumps([*plugins, "io.containerd.internal.v1.opt"])}
     def _remove_pods(self) -> None:
         # With a containerd that was killed its pods are gone already.
         with suppress(CriUnavailableError), ThreadPoolExecutor(PARALLEL_CALLS) as pool:
-            list(pool.map(self._cri.remove_sandbox, self._cri.sandboxes()))
+            list(pool.map(self.cri.remove_sandbox, self.cri.sandboxes()))
 
 
 def wait_for_server(pod: str, netns: Path) -> None:

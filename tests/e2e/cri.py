@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
+from google.protobuf.json_format import ParseDict
 
 # Compiled from cri.proto when this module is imported, in memory: no generated file lies about or goes stale.
 _messages, _services = grpc.protos_and_services("tests/e2e/cri.proto")
@@ -88,19 +89,29 @@ class CriClient:
 
     def run_container(self, sandbox: str, config: Message, image: str, command: Sequence[str]) -> str:
         """Start the pod's one container, with `config` as given to `run_sandbox`, and return its id."""
-        container = _messages.ContainerConfig(
-            metadata=_messages.ContainerMetadata(name="main"),
-            image=_messages.ImageSpec(image=image),
-            command=command,
-            linux=_messages.LinuxContainerConfig(
-                security_context=_messages.LinuxContainerSecurityContext(namespace_options=_own_pids())
-            ),
-        )
+        document = {"metadata": {"name": "main"}, "image": {"image": image}, "command": list(command)}
+        context = {"namespace_options": {"pid": "CONTAINER"}}
+        return self.start_container(sandbox, config, {**document, "linux": {"security_context": context}})
+
+    def start_container(self, sandbox: str, config: Message, document: Mapping[str, object]) -> str:
+        """Start a container that a document, with the fields of a ContainerConfig, describes; return its id."""
+        container = ParseDict(document, _messages.ContainerConfig())
         request = _messages.CreateContainerRequest(pod_sandbox_id=sandbox, config=container, sandbox_config=config)
         name = config.metadata.name
         container_id = str(_call(self._runtime.CreateContainer, request, name).container_id)
         _call(self._runtime.StartContainer, _messages.StartContainerRequest(container_id=container_id), name)
         return container_id
+
+    def stop_container(self, container: str, timeout: int) -> None:
+        """SIGTERM a container's first process, and SIGKILL it after `timeout` seconds."""
+        request = _messages.StopContainerRequest(container_id=container, timeout=timeout)
+        _call(self._runtime.StopContainer, request, container)
+
+    def exit_code(self, container: str) -> int | None:
+        """Return how a container has ended; None while it runs."""
+        request = _messages.ContainerStatusRequest(container_id=container)
+        status = _call(self._runtime.ContainerStatus, request, container).status
+        return int(status.exit_code) if status.state == _messages.CONTAINER_EXITED else None
 
     def sandbox_status(self, sandbox: str) -> SandboxStatus:
         """Return where a sandbox is in the network."""
@@ -163,6 +174,11 @@ def sandbox_config(name: str, cgroup_parent: str, host_ports: Mapping[int, int])
             security_context=_messages.LinuxSandboxSecurityContext(namespace_options=_own_pids()),
         ),
     )
+
+
+def pod_config(document: Mapping[str, object]) -> Message:
+    """Return the description of a pod from a document with the fields of a PodSandboxConfig."""
+    return ParseDict(document, _messages.PodSandboxConfig())
 
 
 def _own_pids() -> Message:

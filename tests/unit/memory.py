@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from agent.loop import Loop, Tables
-from agent.plan import Inside, Outside, plan, routed_subnets
+from agent.plan import Inside, Outside, Tunnel, plan, routed_subnets
 from agent.pods import shaper_of
 from agent.ranges import Range
 from agent.state import (
@@ -30,11 +30,14 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     PodPort,
     Queue,
     Settings,
     Sources,
     State,
+    TunnelDevice,
+    TunnelEnd,
     Uplink,
 )
 from agent.store import Netns, Phase, Pod, Published, Store, Subnet
@@ -57,6 +60,7 @@ SECONDS = 30.0  # until a test that waits for something gives up
 
 
 FOREIGN: dict[str, tuple[Any, Any]] = {
+    "tunnel_devices": ("podlane.old", TunnelDevice(4789, 1450)),
     "queues": (99, Queue(1, 2)),
     "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
     "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, 8, "drop", True)),
@@ -66,9 +70,11 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
     "sockets": ("strange4", 1),
     "uplinks": (99, Sources()),
+    "tunnels": (99, TunnelEnd(1, 1450, "02:00:00:00:00:99")),
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "gateways": (Gateway(ip_address("192.0.2.1"), 99), 0),
     "routes": (ip_address("192.0.2.1"), HostRoute(99)),
+    "peer_routes": (ip_network("192.0.2.0/24"), PeerRoute(99)),
     "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
 }
 """One object of each table that belongs to no pod."""
@@ -90,6 +96,16 @@ OUTSIDE = Outside(
     node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
     prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
     settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, 600, "masquerade", False),
+    tunnel=Tunnel(
+        "podlane.vx",
+        TunnelDevice(4789, 1450, frozenset({ip_address("198.51.100.0")})),
+        TunnelEnd(112, 1450, "02:00:00:00:00:01", IPv4Address("198.51.100.0")),
+        ifindex=4,
+    ),
+    peer_routes={
+        ip_network("10.0.1.0/24"): PeerRoute(2, gateway=IPv4Address("198.51.100.9")),
+        ip_network("10.0.2.0/24"): PeerRoute(3, gateway=IPv4Address("198.51.100.10")),
+    },
 )
 """What a node sees around it."""
 
@@ -206,6 +222,7 @@ class World:
         self.store = Store(directory / "ipam.db", ranges, "boot")
         self.journal: list[tuple[str, str]] = []
         self.tables = Tables(
+            tunnel_devices=MemoryTable[str, TunnelDevice]("tunnel_devices", self.journal),
             queues=MemoryTable[int, Queue]("queues", self.journal),
             endpoints=MemoryTable[Address, Endpoint]("endpoints", self.journal),
             settings=MemoryTable[int, Settings]("settings", self.journal),
@@ -215,9 +232,11 @@ class World:
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
             sockets=MemoryTable[str, int]("sockets", self.journal),
             uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
+            tunnels=MemoryTable[int, TunnelEnd]("tunnels", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             gateways=MemoryTable[Gateway, int]("gateways", self.journal),
             routes=MemoryTable[Address, HostRoute]("routes", self.journal),
+            peer_routes=MemoryTable[Network, PeerRoute]("peer_routes", self.journal),
             subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
         )
         self.devices = MemoryDevices(self.journal)
@@ -231,8 +250,7 @@ class World:
             devices=self.devices,
             repaired=lambda kind, count: self.repairs.update({kind: count}),
             settle=self.settle,
-            subnets=self.subnets,
-            outside=lambda: self.outside,
+            outside=lambda _look: self.outside,
             resync_seconds=resync_seconds,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import socket
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -207,3 +208,18 @@ def test_every_field_is_documented() -> None:
     fields = {f"{name}.{field}" for name, model in models.items() for field in model.model_fields}
     assert fields == documented
     assert "Config.mtu" in fields
+
+
+def test_kubernetes_takes_the_place_of_ranges(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `kubernetes` the node has no ranges of its own, and giving some as well is refused."""
+    monkeypatch.setenv("NODE_NAME", "worker-1")
+    file.write_text("kubernetes: {}")
+    config = load(file)
+    assert config.kubernetes is not None
+    assert config.own_ranges == ()
+    assert config.node_name == "worker-1"
+    file.write_text("kubernetes: {}\nranges: [{subnet: 10.0.0.0/24}]")
+    with pytest.raises(ConfigError, match="kubernetes takes the place of ranges"):
+        load(file)
+    monkeypatch.delenv("NODE_NAME")
+    assert Config().node_name == socket.gethostname().lower()

@@ -62,7 +62,8 @@ def test_lanes_are_those_of_all_prefixes(native: list[Network], stack: list[Netw
 def test_default_prefixes() -> None:
     """By default, the pods' own ranges and link-local ones are not masqueraded, and usual services are kube-proxy's."""
     config = Config()
-    assert prefixes(config, inline_rules(config.masquerade)) == {
+    own = [each.subnet for each in config.own_ranges]
+    assert prefixes(config.masquerade, inline_rules(config.masquerade), own) == {
         net("10.244.0.0/24"): NATIVE,
         net("fd00:10:244::/64"): NATIVE,
         net("169.254.0.0/16"): NATIVE,
@@ -75,8 +76,8 @@ def test_default_prefixes() -> None:
 def test_rules_become_prefixes() -> None:
     """What ip-masq-agent exempts is native, services in it are so too; link-local addresses may be masqueraded."""
     rules = Rules(masqLinkLocal=True, masqLinkLocalIPv6=True)
-    config = Config(ranges=({"subnet": "100.64.0.0/24"},), masquerade={"service_cidrs": ["10.96.0.0/12"]})
-    assert prefixes(config, rules) == {
+    masquerade = Masquerade(service_cidrs=("10.96.0.0/12",))
+    assert prefixes(masquerade, rules, [net("100.64.0.0/24")]) == {
         net("100.64.0.0/24"): NATIVE,
         net("10.0.0.0/8"): NATIVE,
         net("172.16.0.0/12"): NATIVE,
@@ -87,8 +88,8 @@ def test_rules_become_prefixes() -> None:
 
 def test_switched_off() -> None:
     """Without masquerading, every destination is native."""
-    config = Config(masquerade={"enabled": False})
-    table = prefixes(config, inline_rules(config.masquerade))
+    masquerade = Masquerade(enabled=False)
+    table = prefixes(masquerade, inline_rules(masquerade), [])
     assert longest(table, ip_address("192.0.2.1")) == longest(table, ip_address("2001:db8::1")) == NATIVE
     assert longest(table, ip_address("10.96.0.1")) == BOTH
 
@@ -107,7 +108,8 @@ def test_settings_are_the_configuration() -> None:
         other_protocols="stack",
         stack_routes=True,
     )
-    for name in settings(masquerade).__dataclass_fields__.keys() - {"netns"}:
+    assert settings(masquerade, 4789).tunnel_port == 4789
+    for name in settings(masquerade).__dataclass_fields__.keys() - {"netns", "tunnel_port"}:
         assert getattr(settings(masquerade), name) == getattr(masquerade, name)
 
 
@@ -160,7 +162,7 @@ def test_bad_configuration(fields: dict[str, object], message: str) -> None:
 def test_whole_ipv6_is_a_prefix() -> None:
     """An IPv6 prefix so short that it covers the mapped addresses is allowed, and does not mean IPv4."""
     rules = inline_rules(Masquerade(non_masquerade_cidrs=("::/0",)))
-    table = prefixes(Config(), rules)
+    table = prefixes(Masquerade(), rules, [])
     assert longest(table, ip_address("2001:db8::1")) == NATIVE
     assert longest(table, ip_address("192.0.2.1")) == NEITHER
 

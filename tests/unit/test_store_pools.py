@@ -12,6 +12,7 @@ import pytest
 
 from agent import allotment, lifecycle
 from agent.config import Config
+from agent.ranges import Range
 from agent.store import (
     AddressNotInRange,
     AddressTaken,
@@ -324,3 +325,17 @@ def test_large_pools_cost_nothing(store: Store) -> None:
     assert len(statements) == 4
     assert addresses(reserve(store, attachment("a"), its)) == ["10.128.0.20", "fd00::8000:0:0:14"]
     assert len(statements) < 24
+
+
+def test_ranges_change_while_the_store_is_in_use(store: Store) -> None:
+    """New pods get addresses of the new ranges, pods keep what they have; without ranges there is nothing to give."""
+    old = reserve(store, attachment("old"))
+    store.set_ranges([Range.of(ip_network("10.9.0.0/24"))])
+    assert store.subnets == (ip_network("10.9.0.0/24"),)
+    assert addresses(reserve(store, attachment("new"))) == ["10.9.0.1"]
+    assert old in store.pods()
+    assert [(str(each.subnet), count) for each, count in store.usage()] == [("10.9.0.0/24", 1)]
+    store.set_ranges([])
+    with pytest.raises(RangeExhausted):
+        reserve(store, attachment("none"))
+    assert len(store.pods()) == 2

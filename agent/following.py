@@ -1,0 +1,132 @@
+"""How the agent follows its cluster: who tells of it, what is remembered, what it means for the own addresses."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from agent.cluster import ClusterNode
+from agent.config import Config
+from agent.kubernetes import Api, ApiError, Herald, NodeSource, tell_once
+from agent.listed import ListedNodes
+from agent.membership import Membership
+from agent.metrics import Metrics
+from agent.ranges import Range
+from agent.readiness import Readiness
+from agent.remembered import Remembered
+from agent.store import Store
+
+log = logging.getLogger(__name__)
+
+_FILE = "cluster.json"  # within the state directory
+
+
+class Following:
+    """Follows the cluster that the configuration names or lists.
+
+    What an earlier agent knew is in force from the beginning on: `membership` has it, and the store its ranges.
+    """
+
+    def __init__(self, config: Config, path: Path | None, store: Store, readiness: Readiness) -> None:
+        """`path` is the file that the configuration came from, if it came from one."""
+        self._config = config
+        self._store = store
+        self._readiness = readiness
+        self._changed: Callable[[], None] = lambda: None
+        self._own: ClusterNode | None = None
+        self.membership = Membership(config.node_name, self._follow)
+        self._source: NodeSource | None = None
+        self._remembered = Remembered(config.paths.state / _FILE)
+        self._listed: ListedNodes | None = None
+        readiness.refused = lambda: self.membership.cluster.refused.get(config.node_name, "")
+        if config.kubernetes is None:
+            self._listed = ListedNodes(config, path, self.membership.report)
+        else:
+            readiness.unaddressed = self.unaddressed
+            self._recall()
+
+    def poll(self) -> None:
+        """Look whether the configuration lists other nodes now; see `agent.listed`."""
+        if self._listed is not None:
+            self._listed.poll()
+
+    def start(self, changed: Callable[[], None], metrics: Metrics, cleanup: ExitStack) -> None:
+        """Follow the cluster, and tell it of this node, until `cleanup`; call `changed` after each change."""
+        self._changed = changed
+        settings = self._config.kubernetes
+        if settings is None:
+            return
+        connect, told = partial(Api, settings.kubeconfig), threading.Event()
+        source = NodeSource(connect, self._config.node_name, self._take, told.set)
+        herald = Herald(
+            connect=connect,
+            node=self._config.node_name,
+            own=lambda: source.own,
+            is_ready=lambda: not self._readiness.reason,
+            troubles=self._troubles,
+            startup_taint=settings.startup_taint,
+        )
+        self._source = source
+        metrics.watch_cluster(lambda: self.membership.cluster, lambda: not source.trouble)
+        for each in (self._remembered, herald, source):
+            cleanup.callback(each.stop)
+            each.start()
+
+    def unaddressed(self) -> str:
+        """Say why this node has no addresses to give; empty if it has some."""
+        name, cluster = self._config.node_name, self.membership.cluster
+        if self._store.default_pools:
+            return ""
+        if not cluster.live:
+            trouble = self._source.trouble if self._source else ""
+            return f"the pod CIDR of node {name} is not known yet: {trouble or 'the API server is being asked'}"
+        if cluster.own is None:
+            return f"the cluster has no node {name}: is node_name right?"
+        return f"node {name} has no pod CIDR yet: does the cluster assign them (--allocate-node-cidrs)?"
+
+    def _recall(self) -> None:
+        nodes = self._remembered.recall()
+        if nodes:
+            log.info("recalled the cluster nodes=%d", len(nodes))
+            self.membership.report(nodes, live=False)
+
+    def _take(self, nodes: Sequence[ClusterNode]) -> None:
+        """Remember a report before it has consequences, where it concerns the node itself."""
+        own = next((each for each in nodes if each.name == self._config.node_name), None)
+        self._remembered.keep(nodes, at_once=own != self._own)
+        self._own = own
+        self.membership.report(nodes)
+
+    def _follow(self) -> None:
+        """Bring a change of the membership into force."""
+        if self._config.kubernetes is not None:
+            self._set_ranges()
+        self._changed()
+
+    def _set_ranges(self) -> None:
+        cluster = self.membership.cluster
+        ranges = [Range.of(each) for each in (cluster.own.pod_cidrs if cluster.own else ())]
+        if {each.subnet for each in ranges} == set(self._store.subnets):
+            return
+        log.info("addresses for pods are those of ranges=%s", ",".join(str(each.subnet) for each in ranges) or "none")
+        self._store.set_ranges(ranges)
+
+    def _troubles(self) -> dict[str, str]:
+        """Return what needs a person, by the reason of its event."""
+        troubles = {"DatapathFailed": self._readiness.unproved}
+        troubles["PodCIDRConflict"] = self._readiness.refused()
+        return {reason: message for reason, message in troubles.items() if message}
+
+
+def tell_failure(config: Config, failure: str) -> None:
+    """Write an event that says why the agent cannot start, where there is a cluster to hear it."""
+    if config.kubernetes is None:
+        return
+    try:
+        tell_once(partial(Api, config.kubernetes.kubeconfig), config.node_name, "StartFailed", failure)
+    except ApiError as error:
+        log.warning("cannot tell the cluster about the failure error=%r", str(error))

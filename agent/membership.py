@@ -1,0 +1,46 @@
+"""Who is in the cluster, between the sources that report it and the loop that follows it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from agent.cluster import Cluster, ClusterNode, settle
+
+log = logging.getLogger(__name__)
+
+
+class Membership:
+    """What was reported last. Thread-safe; sources report, others read `cluster`."""
+
+    def __init__(self, own_name: str, changed: Callable[[], None]) -> None:
+        """Call `changed` after each report that differs from the one before, in the thread that reports."""
+        self._own_name = own_name
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._cluster = Cluster()
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster as it is known now."""
+        return self._cluster
+
+    def report(self, nodes: Iterable[ClusterNode], *, live: bool = True) -> None:
+        """Replace what is known by these nodes: all there are, the own one among them."""
+        with self._lock:
+            cluster = settle(nodes, self._own_name, live=live)
+            if cluster == self._cluster:
+                return
+            _tell(self._cluster, cluster)
+            self._cluster = cluster
+        self._changed()
+
+
+def _tell(before: Cluster, now: Cluster) -> None:
+    log.info("cluster nodes=%d live=%s", len(now.peers) + bool(now.own), str(now.live).lower())
+    for name in sorted(now.refused):
+        if now.refused[name] != before.refused.get(name):
+            log.error("pods of a node are not served: %s node=%s", now.refused[name], name)
+    for name in sorted(before.refused.keys() - now.refused.keys()):
+        log.info("pods of a node are served again node=%s", name)

@@ -1,0 +1,39 @@
+"""The cluster of these tests, which PODLANE_TEST_KUBECONFIG names; without it they do not exist."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kubernetes.cluster import SYSTEM, Cluster, daemonset, script, service
+
+_KUBECONFIG = os.environ.get("PODLANE_TEST_KUBECONFIG", "")
+collect_ignore_glob = [] if _KUBECONFIG else ["test_*.py"]
+
+APPS = ("one", "other", "host")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Fill the cluster with peers: on each node two pods, and one in the node's network; and services.
+
+    They run podlane's own image, which is on every node already and has Python.
+    """
+    cluster = Cluster(_KUBECONFIG)
+    cluster.wait_rolled_out()
+    image = cluster.podlane_pods()[0]["spec"]["containers"][0]["image"]
+    cluster.kubectl("create", "namespace", cluster.namespace)
+    try:
+        namespace = cluster.namespace
+        cluster.apply(script(namespace), *(daemonset(namespace, app, image) for app in APPS))
+        cluster.apply(service(namespace, "one", {"app": "one"}))
+        for app in APPS:
+            cluster.kubectl("-n", namespace, "rollout", "status", f"daemonset/{app}", "--timeout=120s")
+        yield cluster
+    except AssertionError:
+        print(cluster.kubectl("-n", SYSTEM, "logs", "-l", "app.kubernetes.io/name=podlane", "--tail=20", check=False))
+        raise
+    finally:
+        cluster.kubectl("delete", "namespace", cluster.namespace, "--wait=false")

@@ -1,0 +1,241 @@
+"""An agent that has its addresses from a Kubernetes API server, with and without that server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.node.api.objects import make_node
+from tests.node.api.server import ApiServer
+from tests.node.machine import Machine
+from tests.node.verbs import add, assert_refused
+
+V4, V6 = "10.77.0.0/24", "fd00:77::/64"
+PAGE_KB = 3 * 2500  # one of 100 Nodes, as it comes in pieces, as a whole, and before its pieces are given back
+TAINT = {"key": "podlane.io/agent-not-ready", "effect": "NoSchedule"}
+
+
+class Node(Machine):
+    """A machine with an API server."""
+
+    api: ApiServer
+
+    def add_api(self) -> None:
+        """Give it an API server that has no Nodes yet, and tell the agent."""
+        (self.directory / "api").mkdir()
+        self.api = ApiServer(self.directory / "api", self.netns)
+        self._stack.callback(self.api.stop)
+        kubeconfig = self.api.write_kubeconfig()
+        self.configure(node_name="n", kubernetes={"kubeconfig": str(kubeconfig)})
+
+    def register(self, *cidrs: str, age: int = 0) -> None:
+        """Write the node's own Node."""
+        self.api.objects.put(make_node("n", cidrs, ["192.0.2.10", "2001:db8::10"], age=age))
+
+    def status(self) -> tuple[int, str]:
+        """Return the code and the reason that STATUS gives; 0 if all is well."""
+        outcome = self.cni("STATUS", ifname="")
+        return (outcome.json()["code"], outcome.json()["details"]) if outcome.exit_code else (0, "")
+
+    @property
+    def conflist(self) -> Path:
+        """Where the CNI configuration is once the node is ready."""
+        return self.directory / "conf" / "10-podlane.conflist"
+
+    def native(self) -> set[str]:
+        """Return the subnets that are unreachable but for pods: the node's own."""
+        routes = (self.netns.run("ip", family, "route", "show", "proto", "112").stdout for family in ("-4", "-6"))
+        return {line.split()[1] for text in routes for line in text.splitlines() if line.startswith("unreachable")}
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    """Make a machine whose API server is up; the agent is not."""
+    with ExitStack() as stack:
+        it = Node(tmp_path, stack)
+        it.add_uplink()
+        it.add_api()
+        it.api.start()
+        yield it
+
+
+def test_a_node_waits_for_its_pod_cidr(node: Node) -> None:
+    """Until the cluster assigns a pod CIDR, the node is not ready, and says why; then it is, and its pods are of it."""
+    node.start_agent(wait=False)
+    node.wait_for(lambda: "the cluster has no node n" in node.get("/readyz")[1], "the agent to miss its Node")
+    node.register()
+    node.wait_for(lambda: "node n has no pod CIDR yet" in node.get("/readyz")[1], "the agent to miss its pod CIDR")
+    assert node.status()[0] == 50
+    netns = node.add_netns("early")
+    assert_refused(add(node, netns), 11, "node n has no pod CIDR yet")
+    assert not node.conflist.exists()
+    own = {"name": "own", "ipam": {"type": "podlane", "subnet": "10.79.0.0/24"}}
+    assert add(node, netns, **own).exit_code == 0  # which needs no pod CIDR
+    node.register(V4, V6)
+    node.wait_ready()
+    assert node.conflist.exists()
+    assert node.status() == (0, "")
+    assert node.make_pod("a").addresses == ["10.77.0.1", "fd00:77::1"]
+    assert {V4, V6} <= node.native()
+
+
+def test_the_cluster_is_told(node: Node) -> None:
+    """A ready node loses its start-up taint, and its network is said to be available, never before."""
+    it = make_node("n", [], ["192.0.2.10"])
+    it["spec"]["taints"] = [TAINT]
+    node.api.objects.put(it)
+    node.start_agent(wait=False)
+    node.wait_for(lambda: "no pod CIDR" in node.get("/readyz")[1], "the agent to miss its pod CIDR")
+    assert node.api.requests("PATCH") == []
+    node.api.objects.put({**it, "spec": {**it["spec"], "podCIDRs": [V4]}})
+    node.wait_for(lambda: not node.api.objects.get("n")["spec"]["taints"], "the taint to go")
+    node.wait_for(lambda: "NetworkUnavailable" in str(node.api.objects.get("n")["status"]), "the condition")
+    assert node.get("/readyz")[0] == 200
+
+
+def test_a_new_pod_cidr(node: Node) -> None:
+    """When the pod CIDR changes, new pods are of the new one; the others live on, and all reach each other."""
+    node.register(V4, V6)
+    node.start_agent()
+    old = node.make_pod("old")
+    node.register("10.78.0.0/24", "fd00:78::/64")
+    node.wait_for(lambda: node.native() == {"10.78.0.0/24", "fd00:78::/64"}, "the new ranges")
+    new = node.make_pod("new")
+    assert new.addresses == ["10.78.0.1", "fd00:78::1"]
+    assert all(node.pings(old, each) for each in new.addresses)
+    assert all(node.pings(new, each) for each in old.addresses)
+    node.delete_pod(old)
+    node.delete_pod(new)
+    assert not any(node.traces().values())
+
+
+def test_an_outage_concerns_no_pod(node: Node) -> None:
+    """While the API server is away, ADD and DEL work, also for an agent that starts then; later it follows again."""
+    node.register(V4, V6)
+    node.start_agent()
+    first = node.make_pod("first")
+    node.api.stop()
+    second = node.make_pod("second")
+    assert all(node.pings(first, each) for each in second.addresses)
+    node.kill_agent()
+    node.start_agent()
+    assert node.metrics()[("podlane_cluster_followed", ())] == 0
+    third = node.make_pod("third")
+    assert third.addresses == ["10.77.0.3", "fd00:77::3"]
+    assert all(node.pings(third, each) for each in (*first.addresses, *second.addresses))
+    node.delete_pod(second)
+    node.api.start()
+    node.wait_for(lambda: node.metrics()[("podlane_cluster_followed", ())] == 1, "the agent to follow the cluster")
+    assert node.repairs() == {}
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_reboot_during_an_outage(node: Node, is_silent: bool) -> None:
+    """A node whose first start was long ago serves pods after a reboot, though the API server is away, or is silent."""
+    node.register(V4, V6)
+    node.start_agent()
+    node.stop_agent()
+    if is_silent:
+        node.api.faults.frozen = True
+    else:
+        node.api.stop()
+    (node.directory / "state" / "ipam.db").unlink()
+    node.start_agent()
+    assert node.make_pod("a").addresses == ["10.77.0.1", "fd00:77::1"]
+
+
+def test_a_first_start_during_an_outage(node: Node) -> None:
+    """An agent that never heard of its pod CIDR waits for the API server, and says so."""
+    node.register(V4, V6)
+    node.api.stop()
+    node.start_agent(wait=False)
+    node.wait_for(lambda: "Connection refused" in node.get("/readyz")[1], "the agent to say what it waits for")
+    code, reason = node.status()
+    assert code == 50
+    assert reason.startswith("the pod CIDR of node n is not known yet: ")
+    node.api.start()
+    node.wait_ready()
+
+
+def test_a_pod_cidr_that_an_older_node_has(node: Node) -> None:
+    """A node whose pod CIDR overlaps with that of an older one gives no addresses, and says so: STATUS, log, event."""
+    node.register(V4)
+    node.start_agent()
+    pod = node.make_pod("a")
+    node.api.objects.put(make_node("older", ["10.77.0.0/16"], ["192.0.2.11"], age=60))
+    node.wait_for(lambda: node.status()[0] == 50, "STATUS to say 50")
+    why = "pod CIDR 10.77.0.0/24 overlaps with 10.77.0.0/16 of node older, which is older"
+    assert node.status()[1] == why
+    assert_refused(add(node, node.add_netns("b")), 11, why)
+    node.wait_for(lambda: bool(node.api.objects.events), "an event")
+    (event,) = node.api.objects.events
+    assert (event["reason"], event["message"]) == ("PodCIDRConflict", why)
+    assert node.pings(pod, "192.0.2.10")
+    assert node.metrics()[("podlane_cluster_nodes", ())] == node.metrics()[("podlane_cluster_refused_nodes", ())] == 1
+    node.api.objects.delete("older")
+    node.wait_ready()
+    node.make_pod("c")
+
+
+def test_memory_does_not_grow_with_what_is_not_used(node: Node) -> None:
+    """1,000 Nodes of 25 kB each, listed, watched and remembered, take a tenth of that in the agent."""
+    node.register(V4, V6)
+    node.start_agent()
+    node.make_pod("before")
+    alone = peak_kb(node)
+    node.stop_agent()
+    crowd = [
+        make_node(
+            f"node-{n:04}",
+            [f"10.128.{n >> 4}.{(n & 15) << 4}/28", f"fd00:{n:x}::/64"],
+            [f"10.9.{n >> 8}.{n & 255}"],
+            images=50,
+        )
+        for n in range(1000)
+    ]
+    size_kb = sum(len(json.dumps(each)) for each in crowd) >> 10
+    node.api.objects.put(*crowd)
+    node.start_agent()
+    node.wait_for(lambda: "nodes count=1001" in node.log_tail(), "the cluster")
+    node.api.objects.put(*crowd)
+    last = make_node("n", [V4, V6])
+    last["spec"]["taints"] = [TAINT]
+    node.api.objects.put(last)
+    node.wait_for(lambda: not node.api.objects.get("n")["spec"]["taints"], "the agent to read all of it")
+    node.make_pod("after")
+    assert peak_kb(node) - alone < size_kb / 10 + PAGE_KB
+
+
+def peak_kb(node: Node) -> int:
+    """Return the most that the agent has had in memory, with what it has from files."""
+    assert node.agent
+    status = Path(f"/proc/{node.agent.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+def test_a_start_that_fails_is_told(node: Node, tmp_path: Path) -> None:
+    """An agent that cannot start, such as without a bpf file system, leaves an event that says why."""
+    node.register(V4)
+    kubeconfig = {"kubeconfig": str(node.directory / "api" / "kubeconfig")}
+    node.configure(node_name="n", kubernetes=kubeconfig, paths={"bpffs": tmp_path / "no" / "podlane"})
+    node.start_agent(wait=False)
+    assert node.agent
+    assert node.agent.wait(30) == 1
+    node.agent = None
+    (event,) = node.api.objects.events
+    assert event["reason"] == "StartFailed"
+    assert "bpf" in event["message"]
+
+
+def test_ranges_and_kubernetes_exclude_each_other(node: Node) -> None:
+    """Ranges beside kubernetes are refused, with what to do."""
+    node.configure(kubernetes={}, ranges=[{"subnet": "10.0.0.0/24"}])
+    node.start_agent(wait=False)
+    assert node.agent
+    assert node.agent.wait(30) == 2
+    node.agent = None
+    assert "kubernetes takes the place of ranges" in node.log_tail()

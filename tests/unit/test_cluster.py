@@ -1,0 +1,73 @@
+"""Who is in the cluster, and whose pod CIDRs count."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.cluster import ClusterNode, settle
+from agent.membership import Membership
+
+
+def node(name: str, *cidrs: str, created: str = "2026-01-01T00:00:00Z") -> ClusterNode:
+    """Return a node with these pod CIDRs."""
+    return ClusterNode(name, (), tuple(map(ip_network, cidrs)), created)
+
+
+def test_the_own_node_and_its_peers_are_told_apart() -> None:
+    """A cluster is seen from one of its nodes: itself, and the others."""
+    cluster = settle([node("a", "10.0.0.0/24"), node("b", "10.0.1.0/24")], "b", live=True)
+    assert cluster.own == node("b", "10.0.1.0/24")
+    assert cluster.peers == (node("a", "10.0.0.0/24"),)
+    assert not cluster.refused
+
+
+def test_the_younger_of_two_overlapping_nodes_is_refused() -> None:
+    """Of two nodes whose pod CIDRs overlap, the older one keeps its own, and the other is named with the reason."""
+    young, old = node("a", "10.0.0.0/16", "fd00::/64", created="2026-02-01T00:00:00Z"), node("z", "10.0.7.0/24")
+    cluster = settle([young, old], "a", live=True)
+    assert cluster.peers == (old,)
+    assert cluster.own == node("a", "fd00::/64", created="2026-02-01T00:00:00Z")
+    assert cluster.refused == {"a": "pod CIDR 10.0.0.0/16 overlaps with 10.0.7.0/24 of node z, which is older"}
+
+
+def test_every_prefix_that_is_refused_is_told() -> None:
+    """A node that loses several pod CIDRs is told of each."""
+    old = node("a", "10.0.0.0/24", "10.0.1.0/24", created="2025-01-01T00:00:00Z")
+    told = settle([old, node("b", "10.0.0.0/25", "10.0.1.0/25")], "a", live=True).refused["b"]
+    assert "10.0.0.0/25 overlaps with 10.0.0.0/24" in told
+    assert "10.0.1.0/25 overlaps with 10.0.1.0/24" in told
+
+
+CIDRS = st.builds(
+    lambda address, length: ip_network((address, length), strict=False),
+    st.integers(0, 2**32 - 1),
+    st.integers(4, 28),
+)
+
+
+@given(st.lists(CIDRS, max_size=12))
+def test_what_is_kept_is_disjoint_and_what_is_refused_overlaps(cidrs: list[object]) -> None:
+    """No two prefixes that are kept overlap, and each one refused overlaps with one that is kept."""
+    nodes = [node(f"n{index:02}", str(cidr)) for index, cidr in enumerate(cidrs)]
+    cluster = settle(nodes, "n00", live=True)
+    everyone = [*cluster.peers, *([cluster.own] if cluster.own else [])]
+    kept = [cidr for each in everyone for cidr in each.pod_cidrs]
+    assert not any(one.overlaps(other) for one in kept for other in kept if one is not other)
+    for each in nodes:
+        is_kept = each.pod_cidrs[0] in kept and each.name not in cluster.refused
+        assert is_kept or any(each.pod_cidrs[0].overlaps(one) for one in kept)
+
+
+def test_only_a_report_that_changes_something_is_passed_on() -> None:
+    """Who follows the membership is woken by changes, not by repetitions."""
+    calls: list[int] = []
+    membership = Membership("a", lambda: calls.append(1))
+    membership.report([node("a", "10.0.0.0/24")])
+    membership.report([node("a", "10.0.0.0/24")])
+    assert len(calls) == 1
+    assert membership.cluster.live
+    membership.report([node("a", "10.0.0.0/24"), node("b", "10.0.1.0/24")])
+    assert len(calls) == 2
