@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.node.machine import Machine, Netns, TestPod, run
+from tests.node.machine import START_SECONDS, Machine, Netns, TestPod, run
 
 V4, V6 = 0, 1
 BOTH = (V4, V6)
@@ -186,7 +186,7 @@ class Nodes:
         for member in self.members:
             member.start_agent(wait=False)
         for member in self.members:
-            member.wait_ready()
+            member.wait_ready(START_SECONDS * len(self.members))
 
     def tell(self, entries: Sequence[Entry] | None = None) -> None:
         """Tell every agent of these nodes, by default all there are."""

@@ -180,7 +180,7 @@ def test_pod_too_large(it: Mesh, kind: str, family: int) -> None:
 
 def assert_moved(one: Party, other: Party, family: int) -> None:
     """Assert that a megabyte arrives as it was sent."""
-    sent, received, _ = transfer(one.netns, other.netns, other.addresses[family], 1 << 20, seconds=10)
+    sent, received, _ = transfer(one.netns, other.netns, other.addresses[family], 1 << 20, seconds=20)
     assert received == sent, f"{one.name} → {other.name}"
 
 
