@@ -226,9 +226,9 @@ class Config(_Model):
     """Give a pod the addresses again that the last one of its namespace and name had, where they are free. Default: an
     address rests as long as possible, since others may still remember whose it was."""
     node_name: Annotated[str, Field(min_length=1)] = Field(
-        default_factory=lambda: os.environ.get("NODE_NAME") or socket.gethostname()
+        default_factory=lambda: os.environ.get("NODE_NAME") or socket.gethostname().lower()
     )
-    """The node's name in its cluster. Default: the environment's NODE_NAME, else the host's name."""
+    """The node's name in its cluster. Default: $NODE_NAME, else the host's name in lower case, as kubelet has it."""
     nodes: tuple[ListedNode, ...] = ()
     """All nodes of the cluster, this one among them, where no Kubernetes tells of them. This key is read again when the
     file changes; the list may be the same on all nodes. Default: the node is alone."""

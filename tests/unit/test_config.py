@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 def test_name_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node is called what its environment says, else as its host."""
     monkeypatch.delenv("NODE_NAME", raising=False)
-    assert Config().node_name == socket.gethostname()
+    assert Config().node_name == socket.gethostname().lower()
     monkeypatch.setenv("NODE_NAME", "worker-1")
     assert Config().node_name == "worker-1"
     assert Config(node_name="worker-2").node_name == "worker-2"
