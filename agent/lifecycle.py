@@ -35,7 +35,7 @@ from agent.state import KernelError
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
 from agent.sysctls import Sysctls
-from agent.wiring import Wiring
+from agent.wiring import HOST_MAC, Wiring
 from cni.commands import handle
 from cni.errors import CniError
 
@@ -69,7 +69,7 @@ def run(config: Config, version: str, stop: Stop, config_path: Path | None = Non
     the configuration comes from, if any, is read again for its list of nodes. Raises ConfigError, before anything is
     touched, and StartError.
     """
-    surroundings = Surroundings(config)
+    surroundings = Surroundings(config, HOST_MAC)
     metrics, readiness = Metrics(version), Readiness()
     metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:
@@ -177,6 +177,7 @@ def _start(
     )
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, store.pods)
+    metrics.watch_cluster(lambda: following.membership.cluster, lambda: surroundings.peers)
     _delete_strays(store, metrics)
     with _timed("attach", metrics):
         loop.start()

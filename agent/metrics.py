@@ -6,8 +6,10 @@ import platform
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
+from typing import Any, get_args
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -29,6 +31,7 @@ from agent.datapath.tables import Masqueraded
 from agent.expiry import PROTOCOLS
 from agent.gc import Reason
 from agent.node import Readiness
+from agent.peers import FAMILIES, Lane, Peers
 from agent.ranges import Range
 from agent.state import KernelError, Uplink
 from agent.store import Pod, StoreError
@@ -45,6 +48,7 @@ _REPAIR_KINDS = (
     "host_ports",
     "neighbours",
     "node_addresses",
+    "peer_routes",
     "prefixes",
     "queues",
     "routes",
@@ -52,6 +56,8 @@ _REPAIR_KINDS = (
     "sockets",
     "subnets",
     "sysctls",
+    "tunnel_devices",
+    "tunnels",
     "uplinks",
 )
 
@@ -91,6 +97,15 @@ class Metrics:
             registry=self.registry,
         )
         self._ready = Gauge("podlane_ready", "1 if ADD can be served.", registry=self.registry)
+        self._peers = Gauge(
+            "podlane_cluster_peers", "Other nodes, by the lane that leads to their pods.", ["lane", "family"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._nodes = Gauge("podlane_cluster_nodes", "Other nodes that are known.", registry=self.registry)
+        self._refused = Gauge(
+            "podlane_cluster_nodes_refused", "Nodes, this one among them, whose pod CIDRs an older node has.",
+            registry=self.registry,
+        )  # fmt: skip
         build = Gauge(
             "podlane_build_info", "Always 1; the labels say what runs.", ["version", "python", "kernel"],
             registry=self.registry,
@@ -123,6 +138,21 @@ class Metrics:
         """Read at every scrape whether ADD can be served, as the probe does."""
         self._ready.set_function(lambda: not readiness.reason)
 
+    def watch_cluster(self, cluster: Callable[[], Cluster], peers: Callable[[], Peers]) -> None:
+        """Read at every scrape which other nodes are known, and how they are reached."""
+        for lane, family in product(get_args(Lane), FAMILIES):
+            count = partial(_count, peers, (lane, family))
+            self._peers.labels(lane, f"ipv{family}").set_function(count)
+        self._nodes.set_function(lambda: len(cluster().peers))
+        self._refused.set_function(lambda: len(cluster().refused))
+
+    def watch_source(self, is_followed: Callable[[], bool]) -> None:
+        """Likewise, whether the cluster that the configuration names is followed at present."""
+        self._followed = Gauge(
+            "podlane_cluster_followed", "1 if changes of the cluster arrive.", registry=self.registry
+        )
+        self._followed.set_function(is_followed)
+
     def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Pods) -> None:
         """Read these at every scrape, rather than keep copies of them."""
         self.registry.register(_Scraped(outcomes, usage, pods))
@@ -133,18 +163,9 @@ class Metrics:
         """Likewise; of flows, what the last scan left."""
         self.registry.register(_Masquerade(flows, masqueraded, uplinks))
 
-    def watch_cluster(self, cluster: Callable[[], Cluster], is_followed: Callable[[], bool]) -> None:
-        """Likewise, of the cluster as it is known, and whether it is followed at present."""
-        for name, text, read in (
-            ("podlane_cluster_nodes", "Other nodes that are known.", lambda: len(cluster().peers)),
-            (
-                "podlane_cluster_refused_nodes",
-                "Nodes with pod CIDRs that an older one has.",
-                lambda: len(cluster().refused),
-            ),
-            ("podlane_cluster_followed", "1 if changes of the cluster arrive.", is_followed),
-        ):
-            Gauge(name, text, registry=self.registry).set_function(read)
+
+def _count(peers: Callable[[], Peers], key: tuple[Lane, int]) -> int:
+    return peers().counts.get(key, 0)
 
 
 class _Scraped(Collector):

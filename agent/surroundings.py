@@ -12,10 +12,9 @@ from agent.cluster import Cluster, ClusterNode
 from agent.config import IPV6_MIN_MTU, Config
 from agent.datapath.sockets import CALLS
 from agent.ipmasq import Rules, RulesFile
-from agent.peers import Place, Ways
+from agent.peers import Peers, Place, Ways
 from agent.plan import Outside, Tunnel
 from agent.state import Address, Lanes, Network, TunnelDevice, TunnelEnd, Uplink
-from agent.wiring import HOST_MAC
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +37,22 @@ class _Seen:
 class Surroundings:
     """Looks around anew with every call of `outside`, unless told not to."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tunnel_mac: str) -> None:
         """Read the file of ip-masq-agent's, if the configuration names one. Raises ConfigError."""
         self._config = config
+        self._tunnel_mac = tunnel_mac
         path = config.masquerade.config_file
         self._file = RulesFile(path) if path else None
         self._rules = masquerade.inline_rules(config.masquerade)
         self._prefixes: dict[Network, Lanes] = {}
         self._prefixes_of: tuple[Rules, tuple[Network, ...]] | None = None
-        port = 0 if config.routing == "direct" else config.tunnel.port
-        self._settings = replace(masquerade.settings(config.masquerade, port), netns=netlink.own_netns_cookie())
+        self._settings = replace(masquerade.settings(config.masquerade), netns=netlink.own_netns_cookie())
+        self._settings_with_tunnel = replace(self._settings, tunnel_port=config.tunnel.port)
         self.cgroup = cgroup.find()
         if self.cgroup is None:
             log.warning("no cgroup2 is mounted: the node's own processes do not reach host ports")
         self._ways = Ways()
+        self._peers = Peers()
         self._overhead = 0
         self._seen: _Seen | None = None
         self._known = Outside()
@@ -74,12 +75,12 @@ class Surroundings:
             overhead=self._overhead,
             prefixes=self._current_prefixes(ranges),
         )
-        peers = self._ways.find(place, cluster, seen.paths)
+        self._peers = peers = self._ways.find(place, cluster, seen.paths)
         now = Outside(
             uplinks=seen.uplinks,
             node_addresses=seen.node_addresses,
             prefixes=peers.prefixes,
-            settings=self._settings,
+            settings=self._settings_with_tunnel if self._overhead else self._settings,
             tunnel=tunnel,
             peer_routes=peers.routes,
             live=cluster.live,
@@ -95,6 +96,11 @@ class Surroundings:
     def known(self) -> Outside:
         """What `outside` last returned; empty before."""
         return self._known
+
+    @property
+    def peers(self) -> Peers:
+        """The ways to other nodes, as they were when `outside` was last called."""
+        return self._peers
 
     def mtu(self) -> int:
         """Return the MTU of a pod that is made now, in bytes. Raises KernelError.
@@ -132,7 +138,7 @@ class Surroundings:
         return Tunnel(
             netlink.TUNNEL,
             TunnelDevice(self._config.tunnel.port, mtu, frozenset(each for each in (ipv4, ipv6) if each)),
-            TunnelEnd(self._config.tunnel.vni, mtu, HOST_MAC, ipv4, ipv6),
+            TunnelEnd(self._config.tunnel.vni, mtu, self._tunnel_mac, ipv4, ipv6),
             netlink.tunnel_index(),
         )
 

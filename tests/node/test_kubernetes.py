@@ -175,7 +175,7 @@ def test_a_pod_cidr_that_an_older_node_has(node: Node) -> None:
     (event,) = node.api.objects.events
     assert (event["reason"], event["message"]) == ("PodCIDRConflict", why)
     assert node.pings(pod, "192.0.2.10")
-    assert node.metrics()[("podlane_cluster_nodes", ())] == node.metrics()[("podlane_cluster_refused_nodes", ())] == 1
+    assert node.metrics()[("podlane_cluster_nodes", ())] == node.metrics()[("podlane_cluster_nodes_refused", ())] == 1
     node.api.objects.delete("older")
     node.wait_ready()
     node.make_pod("c")

@@ -13,6 +13,7 @@ from agent.cluster import Cluster
 from agent.config import Config
 from agent.state import Sources, Uplink
 from agent.surroundings import Surroundings
+from agent.wiring import HOST_MAC
 from tests.node.namespaces import fresh_netns, run
 
 
@@ -156,10 +157,10 @@ def test_mtu_of_new_pods() -> None:
     """It is the uplink's before the first look around, and from then on what the last look saw, or as configured."""
     address("192.0.2.1/24", "eth0")
     run("ip link set eth0 mtu 1400")
-    around = Surroundings(Config())
+    around = Surroundings(Config(), HOST_MAC)
     assert around.mtu() == 1400
     around.outside(Cluster(), ())
     run("ip link set eth0 mtu 1300")
     assert around.mtu() == 1400
     assert around.outside(Cluster(), ()).mtu == 1300
-    assert (around.mtu(), Surroundings(Config(mtu=9000)).mtu()) == (1300, 9000)
+    assert (around.mtu(), Surroundings(Config(mtu=9000), HOST_MAC).mtu()) == (1300, 9000)
