@@ -29,11 +29,13 @@ $(LAUNCHER): cni/launcher.c $(wildcard cni/*.h)
 ready: setup
 	@$(MAKE) --no-print-directory $(LAUNCHER)
 
+NODES ?= 1
+
 .PHONY: demo
-demo: ## Wire real pods in a real containerd and show what happens (cleans up after itself)
+demo: ## Wire real pods in a real containerd and show what happens; NODES=3 for a cluster (cleans up after itself)
 	@deploy/setup.sh demo
 	@$(MAKE) --no-print-directory --silent $(LAUNCHER)
-	@$(PYTHON) -m tests.e2e.demo
+	@$(PYTHON) -m tests.e2e.demo $(NODES)
 
 .PHONY: test
 test: ready ## Run every test, all four layers

@@ -33,10 +33,10 @@ def main() -> None:
     if arguments.command == "import":
         _import(config, arguments)
     else:
-        _run(config)
+        _run(config, arguments.config)
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, path: Path | None) -> None:
     set_up(config.log_level)
     stop = threading.Event()
 
@@ -46,7 +46,7 @@ def _run(config: Config) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
-        run(config, _version(), stop)
+        run(config, _version(), stop, path)
     except ConfigError as error:  # in the file of ip-masq-agent's that the configuration names
         _refuse(error)
     except StartError as error:

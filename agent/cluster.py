@@ -45,14 +45,16 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
     own, peers, refused = None, [], {}
     claims = _Claims()
     for node in sorted(nodes, key=lambda each: (each.created, each.name)):
-        kept = []
+        kept, reasons = [], []
         for cidr in node.pod_cidrs:
             holder = claims.claim(cidr, node.name)
             if holder is None:
                 kept.append(cidr)
             else:
-                refused[node.name] = f"pod CIDR {cidr} overlaps with {holder[0]} of node {holder[1]}, which is older"
-        settled = node if len(kept) == len(node.pod_cidrs) else replace(node, pod_cidrs=tuple(kept))
+                reasons.append(f"pod CIDR {cidr} overlaps with {holder[0]} of node {holder[1]}, which is older")
+        if reasons:
+            refused[node.name] = "; ".join(reasons)
+        settled = replace(node, pod_cidrs=tuple(kept)) if reasons else node
         if node.name == own_name:
             own = settled
         else:

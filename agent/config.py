@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from ipaddress import IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from agent.ranges import Range
-from agent.state import Network, OtherProtocols
+from agent.state import Network, OtherProtocols, Routing
 from cni.document import explain
 
 IPV6_MIN_MTU = 1280  # bytes
@@ -174,6 +174,28 @@ class Kubernetes(_Model):
     then; empty: none. Default: a key that nobody else uses; a node without this taint is fine."""
 
 
+class Tunnel(_Model):
+    """How packets to nodes that are not on-link are wrapped: VXLAN over UDP (RFC 7348). The same on all nodes."""
+
+    port: _Port = 4789
+    """UDP port. Default: IANA's, which network cards and tools know. Another tunnel of the host's on the same port
+    (Calico's, Docker Swarm's) must go first, or one of the two needs another port."""
+    vni: Annotated[int, Field(strict=True, ge=1, lt=1 << 24)] = 112
+    """The network's number in the tunnel: two clusters with the same one must not reach each other's port. Default: not
+    what others have by default (flannel 1, Calico 4096)."""
+
+
+class ListedNode(_Model):
+    """A node of a cluster that has no Kubernetes to tell of it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """That by which it calls itself (`node_name`)."""
+    addresses: Annotated[tuple[IPv4Address | IPv6Address, ...], Field(min_length=1)]
+    """Its own, at which other nodes reach it; of each family the first."""
+    pod_cidrs: tuple[Prefix, ...] = ()
+    """Where its pods have their addresses from."""
+
+
 class Paths(_Model):
     """Where the agent keeps and finds its files; change them to run several agents on one machine."""
 
@@ -202,13 +224,6 @@ def _own_name() -> str:
 class Config(_Model):
     """All that a person can decide about an agent."""
 
-    node_name: str = Field(min_length=1, default_factory=_own_name)
-    """This node's name in the cluster. Default: $NODE_NAME, which the DaemonSet sets, else the host's name in lower
-    case, which is what kubelet registers."""
-    kubernetes: Kubernetes | None = None
-    """Follow the Nodes of a Kubernetes cluster; `{}` does so with all defaults. The agent's own ranges are then the pod
-    CIDRs of its Node, in place of `ranges`. Default: a node for itself."""
-
     network: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")] = "podlane"
     """Name of the network in the CNI configuration that the agent installs."""
     ranges: tuple[Subnet, ...] = (
@@ -224,8 +239,24 @@ class Config(_Model):
     sticky: bool = False
     """Give a pod the addresses again that the last one of its namespace and name had, where they are free. Default: an
     address rests as long as possible, since others may still remember whose it was."""
+    node_name: str = Field(min_length=1, default_factory=_own_name)
+    """This node's name in the cluster. Default: $NODE_NAME, which the DaemonSet sets, else the host's name in lower
+    case, which is what kubelet registers."""
+    kubernetes: Kubernetes | None = None
+    """Follow the Nodes of a Kubernetes cluster; `{}` does so with all defaults. The agent's own ranges are then the pod
+    CIDRs of its Node, in place of `ranges`. Default: a node for itself."""
+    nodes: tuple[ListedNode, ...] = ()
+    """All nodes of the cluster, this one among them, where no Kubernetes tells of them. This key is read again when the
+    file changes; the list may be the same on all nodes. Default: the node is alone."""
+    routing: Routing = "auto"
+    """How pods' packets get to other nodes. "direct": as they are, so the nodes, or the routers between them, must know
+    the way; "vxlan": wrapped in UDP; "auto": direct to the nodes that are on-link, wrapped to the others. Default: what
+    works in any network."""
+    tunnel: Tunnel = Tunnel()
+    """How they are wrapped. Default: the usual port."""
     mtu: Annotated[int, Field(strict=True, ge=0, le=65535), AfterValidator(_check_mtu)] = 0
-    """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting."""
+    """MTU of the pods' interfaces in bytes. Default 0: that of the uplink, so that no packet needs fragmenting; in a
+    cluster, unless `routing` is "direct", less what wrapping adds (50 bytes over IPv4, 70 over IPv6)."""
     hooks: Literal["auto", "tcx", "clsact"] = "auto"
     """How programs are attached. Default: tcx where the kernel has it (6.6), since its links are pinned and swapped
     atomically; else clsact filters."""
@@ -260,12 +291,29 @@ class Config(_Model):
     def _has_one_source_of_ranges(self) -> Config:
         if self.kubernetes is not None and "ranges" in self.model_fields_set:
             raise ValueError("kubernetes takes the place of ranges, which are the pod CIDRs of the Node: give either")
+        if self.kubernetes is not None and self.nodes:
+            raise ValueError("kubernetes takes the place of nodes, which are its Nodes: give either")
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Config:
+        names = [each.name for each in self.nodes]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"nodes: {', '.join(sorted(twice))} is there twice")
+        for own in (each for each in self.nodes if each.name == self.node_name):
+            for subnet in (each.subnet for each in self.ranges):
+                if not any(_is_within(subnet, cidr) for cidr in own.pod_cidrs):
+                    raise ValueError(f"nodes: pod_cidrs of {own.name}, which is this node, lack its range {subnet}")
         return self
 
     @property
     def own_ranges(self) -> tuple[Range, ...]:
         """The ranges that are the node's own from the beginning on: none where the cluster assigns them."""
         return () if self.kubernetes else tuple(each.range() for each in self.ranges)
+
+
+def _is_within(network: Network, other: Network) -> bool:
+    return network.version == other.version and network.prefixlen >= other.prefixlen and network.overlaps(other)
 
 
 def load(path: Path) -> Config:
@@ -292,8 +340,10 @@ def _allowed_keys(error: ValidationError) -> str:
         "": Config,
         "kubernetes.": Kubernetes,
         "masquerade.": Masquerade,
+        "nodes.*.": ListedNode,
         "paths.": Paths,
         "ranges.*.": Subnet,
+        "tunnel.": Tunnel,
     }
     keys = (f"{prefix}{name}" for prefix, model in models.items() for name in model.model_fields)
     return f"; the keys are {', '.join(keys)}"

@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 from agent.cluster import ClusterNode
 from agent.config import Config
 from agent.kubernetes import Api, ApiError, Herald, NodeSource, tell_once
+from agent.listed import ListedNodes
 from agent.membership import Membership
 from agent.metrics import Metrics
 from agent.ranges import Range
@@ -24,12 +26,13 @@ _FILE = "cluster.json"  # within the state directory
 
 
 class Following:
-    """Follows the cluster that the configuration names, if it names one.
+    """Follows the cluster that the configuration names or lists.
 
     What an earlier agent knew is in force from the beginning on: `membership` has it, and the store its ranges.
     """
 
-    def __init__(self, config: Config, store: Store, readiness: Readiness) -> None:
+    def __init__(self, config: Config, path: Path | None, store: Store, readiness: Readiness) -> None:
+        """`path` is the file that the configuration came from, if it came from one."""
         self._config = config
         self._store = store
         self._readiness = readiness
@@ -38,9 +41,18 @@ class Following:
         self.membership = Membership(config.node_name, self._follow)
         self._source: NodeSource | None = None
         self._remembered = Remembered(config.paths.state / _FILE)
-        if config.kubernetes is not None:
+        self._listed: ListedNodes | None = None
+        readiness.refused = lambda: self.membership.cluster.refused.get(config.node_name, "")
+        if config.kubernetes is None:
+            self._listed = ListedNodes(config, path, self.membership.report)
+        else:
             readiness.unaddressed = self.unaddressed
             self._recall()
+
+    def poll(self) -> None:
+        """Look whether the configuration lists other nodes now; see `agent.listed`."""
+        if self._listed is not None:
+            self._listed.poll()
 
     def start(self, changed: Callable[[], None], metrics: Metrics, cleanup: ExitStack) -> None:
         """Follow the cluster, and tell it of this node, until `cleanup`; call `changed` after each change."""
@@ -67,8 +79,6 @@ class Following:
     def unaddressed(self) -> str:
         """Say why this node has no addresses to give; empty if it has some."""
         name, cluster = self._config.node_name, self.membership.cluster
-        if name in cluster.refused:
-            return cluster.refused[name]
         if self._store.default_pools:
             return ""
         if not cluster.live:
@@ -108,8 +118,7 @@ class Following:
     def _troubles(self) -> dict[str, str]:
         """Return what needs a person, by the reason of its event."""
         troubles = {"DatapathFailed": self._readiness.unproved}
-        if (name := self._config.node_name) in (refused := self.membership.cluster.refused):
-            troubles["PodCIDRConflict"] = refused[name]
+        troubles["PodCIDRConflict"] = self._readiness.refused()
         return {reason: message for reason, message in troubles.items() if message}
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from agent.gc import SelfGc
 from agent.hooks import StagedHooks
 from agent.install import InstallError, install_conflist, install_launcher
 from agent.loop import Loop, Tables
+from agent.membership import Membership
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
+from agent.plan import Outside
 from agent.pods import shaper_of
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
@@ -32,7 +34,7 @@ from agent.spool import Spool
 from agent.state import KernelError, OtherProtocols
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
-from agent.wiring import Wiring
+from agent.wiring import HOST_MAC, Wiring
 from cni.commands import handle
 from cni.errors import CniError
 
@@ -42,6 +44,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
 _UNREADY_SECONDS = 1.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
+_AT_UPLINKS = ("from_uplink", "to_uplink", "from_tunnel", "to_tunnel")
 _LOCK = "agent.lock"  # within the state directory
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address; one more is the self-test's
 
@@ -50,10 +53,11 @@ class StartError(Exception):
     """The agent cannot start; the message says what is wrong and, where it can, what to do."""
 
 
-def run(config: Config, version: str, stop: threading.Event) -> None:
+def run(config: Config, version: str, stop: threading.Event, config_path: Path | None = None) -> None:
     """Run an agent until `stop` is set. Pods and what carries their packets stay as they are.
 
-    Raises ConfigError, before anything is touched, and StartError.
+    The file that the configuration comes from, if any, is read again for its list of nodes. Raises ConfigError, before
+    anything is touched, and StartError.
     """
     surroundings = Surroundings(config)
     metrics, readiness = Metrics(version), Readiness()
@@ -62,14 +66,14 @@ def run(config: Config, version: str, stop: threading.Event) -> None:
         try:
             _lock_state(config.paths.state, cleanup)
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
-            spool, scratch, gc = _start(config, surroundings, metrics, readiness, cleanup)
+            chores, scratch = _start(config, config_path, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             failure = f"{error}{requirements.remark(os.uname().release)}"
             tell_failure(config, failure)
             raise StartError(failure) from error
         while not stop.is_set():
-            spool.drain()
-            gc.collect()
+            for chore in chores:
+                chore()
             if readiness.unproved:
                 _prove(scratch, metrics, readiness)
             if not readiness.unproved and not (readiness.uninstalled and readiness.unaddressed()):
@@ -111,9 +115,17 @@ def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup
 
 
 def _start(
-    config: Config, surroundings: Surroundings, metrics: Metrics, readiness: Readiness, cleanup: ExitStack
-) -> tuple[Spool, ScratchPod, SelfGc]:
-    """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
+    config: Config,
+    config_path: Path | None,
+    surroundings: Surroundings,
+    metrics: Metrics,
+    readiness: Readiness,
+    cleanup: ExitStack,
+) -> tuple[Sequence[Callable[[], None]], ScratchPod]:
+    """Bring the datapath in force, settle what an earlier agent left, and serve launchers.
+
+    Returns what is to be done time and again, and the pod of the self-test.
+    """
     netlink.enable_forwarding()
     datapath = _load_datapath(config, metrics)
     cleanup.callback(datapath.close)
@@ -121,10 +133,11 @@ def _start(
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
     wiring = Wiring()
-    following = Following(config, store, readiness)
-    loop = _make_loop(config, datapath, store, wiring, surroundings, metrics)
+    following = Following(config, config_path, store, readiness)
+    cluster = following.membership
+    loop = _make_loop(config, datapath, store, wiring, partial(_outside, surroundings, cluster, store), metrics)
     readiness.trouble = loop.trouble
-    node = Node(store=store, wiring=wiring, loop=loop, mtu=config.mtu, readiness=readiness)
+    node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.pod_mtu, readiness=readiness)
     _reserve_ports(config)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
@@ -138,9 +151,14 @@ def _start(
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
-    following.start(loop.kernel_changed, metrics, cleanup)
+    following.start(loop.wake, metrics, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
-    return _serve_launchers(config.paths, node, metrics, cleanup), scratch, gc
+    spool = _serve_launchers(config.paths, node, metrics, cleanup)
+    return (spool.drain, gc.collect, following.poll), scratch
+
+
+def _outside(surroundings: Surroundings, membership: Membership, store: Store, look: bool) -> Outside:
+    return surroundings.outside(membership.cluster, store.subnets, look=look)
 
 
 def _make_loop(
@@ -148,7 +166,7 @@ def _make_loop(
     datapath: loader.Datapath,
     store: Store,
     wiring: Wiring,
-    surroundings: Surroundings,
+    outside: Callable[[bool], Outside],
     metrics: Metrics,
 ) -> Loop:
     hooks = _hooks(config, datapath)
@@ -159,7 +177,7 @@ def _make_loop(
         repaired=metrics.repaired,
         settle=hooks.settle,
         resync_seconds=config.resync_seconds,
-        outside=lambda: surroundings.outside(store.subnets),
+        outside=outside,
     )
 
 
@@ -176,9 +194,10 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
 
 def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
     maps, constants = datapath.maps, datapath.constants
-    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    lanes = {name: constants[f"PREFIX_{name.upper()}"] for name in ("native", "stack", "node")}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
+        tunnel_devices=netlink.TunnelDeviceTable(HOST_MAC),
         queues=netlink.QueueTable(),
         endpoints=entries.EndpointTable(maps["endpoints"]),
         settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
@@ -186,9 +205,11 @@ def _tables(datapath: loader.Datapath, hooks: StagedHooks) -> Tables:
         node_addresses=entries.AddressTable(maps["node_addresses"]),
         hooks=hooks,
         uplinks=entries.UplinkTable(maps["uplinks"]),
+        tunnels=entries.TunnelTable(maps["tunnels"]),
         neighbours=netlink.NeighbourTable(),
         gateways=netlink.GatewayTable(),
         routes=netlink.RouteTable(),
+        peer_routes=netlink.PeerRouteTable(),
         subnets=netlink.SubnetTable(),
     )
 
@@ -225,7 +246,7 @@ def _hooks(config: Config, datapath: loader.Datapath) -> StagedHooks:
     if not has_tcx:
         return StagedHooks(first=clsact, final=clsact, other=tcx)
     first = tcx if config.hooks == "tcx" else clsact
-    return StagedHooks(first=first, final=tcx, other=clsact, patient=("from_uplink", "to_uplink"))
+    return StagedHooks(first=first, final=tcx, other=clsact, patient=_AT_UPLINKS)
 
 
 def _delete_strays(store: Store, metrics: Metrics) -> None:

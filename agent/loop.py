@@ -10,12 +10,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from agent.diff import diff
+from agent.diff import Delta, diff
 from agent.failures import Failures
 from agent.plan import Inside, Outside, plan, routed_subnets
 from agent.pods import shaper_of
@@ -30,11 +30,14 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     Queue,
     Settings,
     Sources,
     State,
     Table,
+    TunnelDevice,
+    TunnelEnd,
 )
 from agent.store import Pod, Store
 from agent.upkeep import Devices, Upkeep
@@ -49,11 +52,12 @@ _QUIET = 1.0  # seconds without a request, after which there is time for what ca
 class Tables:
     """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
 
-    Queues come before the endpoints that send through them. Uplinks come after hooks: `from_pod` sends nothing to an
-    uplink before `to_uplink` runs there, nor after it stops. Gateways come before the routes that name them as a
-    source.
+    Devices and queues come before what sends through them. Uplinks and tunnels come after hooks: `from_pod` sends
+    nothing there before `to_uplink` and `to_tunnel` run, nor after they stop. Gateways come before the routes that name
+    them as a source.
     """
 
+    tunnel_devices: Table[str, TunnelDevice]
     queues: Table[int, Queue]
     endpoints: Table[Address, Endpoint]
     settings: Table[int, Settings]
@@ -61,12 +65,16 @@ class Tables:
     node_addresses: Table[Address, int]
     hooks: Table[Hook, Attached]
     uplinks: Table[int, Sources]
+    tunnels: Table[int, TunnelEnd]
     neighbours: Table[Neighbour, str]
     gateways: Table[Gateway, int]
     routes: Table[Address, HostRoute]
+    peer_routes: Table[Network, PeerRoute]
     subnets: Table[Network, Literal["unreachable"]]
 
 
+_OF_PEERS = ("tunnel_devices", "prefixes", "tunnels", "peer_routes")
+_NOTHING = Outside()
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
 
@@ -86,9 +94,13 @@ class Loop:
         repaired: Callable[[str, int], None],
         settle: Callable[[], bool],
         resync_seconds: float,
-        outside: Callable[[], Outside] = Outside,
+        outside: Callable[[bool], Outside] = lambda _look: _NOTHING,
     ) -> None:
-        """`outside` tells what the plan is made for; it is asked with every full pass, and may raise KernelError."""
+        """`outside` tells what the plan is made for, and may raise KernelError.
+
+        It is asked with every pass, and told whether to look at the kernel, as in a full pass; what else changes, the
+        cluster, costs it nothing to know.
+        """
         self._store = store
         self._tables = tables
         self._devices = devices
@@ -100,6 +112,7 @@ class Loop:
         self._outside = Outside()
         self._inside = Inside()
         self._known: State | None = None  # what is in the kernel, as far as we know
+        self._settled = State()  # the last plan, if all of it is in force
         self._failures = Failures()  # of the tables, by object
         self._settle_failures = Failures()
         self._condition = threading.Condition()
@@ -133,6 +146,12 @@ class Loop:
         """Note that something may have changed behind our back: a full pass follows soon."""
         with self._condition:
             self._full_due = min(self._full_due, time.monotonic() + _FULL_PASS_PAUSE)
+            self._condition.notify_all()
+
+    def wake(self) -> None:
+        """Ask for a pass, not a full one, as when the cluster has changed."""
+        with self._condition:
+            self._requested += 1
             self._condition.notify_all()
 
     @contextmanager
@@ -224,20 +243,29 @@ class Loop:
     def _pass(self, full: bool) -> None:
         pods = [*self._store.pods(), *self._guests]
         before, macs = self._known, self._inside.macs
-        if is_full := full or before is None:
-            self._outside = self._ask_outside()
+        is_full = full or before is None
+        self._outside = self._ask_outside(is_full)
+        if is_full:
             macs = self._upkeep.begin(pods)
             self._known = State(**{name: self._table(name).read() for name in _NAMES})
+            self._settled = State()
         known = self._known
         assert known is not None
         self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs)
-        subnets = [*self._store.subnets, *(each.network for each in self._inside.subnets)]
-        desired = plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
+        desired = self._plan(pods)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
         self._apply(desired, known)
+        outside = self._ask_outside(False)
+        if outside is not self._outside:  # a device was made, whose index the rest has waited for
+            self._outside = outside
+            self._apply(self._plan(pods), known)
         if is_full:
             self._upkeep.finish()
+
+    def _plan(self, pods: Sequence[Pod]) -> State:
+        subnets = [*self._store.subnets, *(each.network for each in self._inside.subnets)]
+        return plan(pods, self._devices.indexes(pods), subnets, self._outside, self._inside)
 
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
         """Count as repairs the changes that are due now and were not before the kernel was read again."""
@@ -251,20 +279,35 @@ class Loop:
 
     def _apply(self, desired: State, known: State) -> None:
         failures: dict[str, KernelError] = {}
-        deltas = {name: diff(getattr(desired, name), getattr(known, name)) for name in _NAMES}
+        deltas = {name: self._delta(name, getattr(desired, name), getattr(known, name)) for name in _NAMES}
         for name, delta in deltas.items():
             if delta.upsert:
                 failed = self._table(name).upsert(delta.upsert)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
                 getattr(known, name).update({k: v for k, v in delta.upsert.items() if k not in failed})
         for name, delta in reversed(deltas.items()):
-            if delta.delete:
-                failed = self._table(name).delete(delta.delete)
+            outdated = delta.delete if self._outside.live else _outdated(name, delta.delete, known)
+            if outdated:
+                failed = self._table(name).delete(outdated)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
-                for key in delta.delete - failed.keys():
+                for key in outdated - failed.keys():
                     getattr(known, name).pop(key, None)
         self._failures.update(failures)
+        self._settled = desired if not failures else State()
+
+    def _delta(self, name: str, desired: dict[Any, Any], known: dict[Any, Any]) -> Delta[Any, Any]:
+        """Compare; but not again what the last pass has brought in force: of other nodes there may be thousands."""
+        if desired is getattr(self._settled, name) and self._outside.live:
+            return Delta({}, frozenset())
+        return diff(desired, known)
 
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)
         return table
+
+
+def _outdated(name: str, keys: frozenset[Any], known: State) -> frozenset[Any]:
+    """Return what may go before the nodes of the cluster are known: nothing by which this one reaches them."""
+    if name in _OF_PEERS:
+        return frozenset()
+    return frozenset(key for key in keys if name != "hooks" or key.device not in known.tunnel_devices)

@@ -20,11 +20,12 @@ _LEAST_INBOUND = 1 << 14
 _FRAGMENTS = 1 << 13  # datagrams under way at a time
 _UPLINKS = 1 << 8
 _NODE_ADDRESSES = 1 << 14  # services have theirs on the node where kube-proxy uses IPVS
-_PREFIXES = 1 << 14
+_PREFIXES = 1 << 16  # 5,000 nodes, with two addresses and two pod CIDRs each, three times over
+_TUNNELS = 8  # there is one, but for the moment in which it is made anew
 
 
-def settings(masquerade: Masquerade) -> Settings:
-    """Return what the programs themselves must know."""
+def settings(masquerade: Masquerade, tunnel_port: int = 0) -> Settings:
+    """Return what the programs themselves must know; `tunnel_port` is that of the nodes' tunnels, 0 without any."""
     return Settings(
         first_port=masquerade.first_port,
         last_port=masquerade.last_port,
@@ -36,6 +37,7 @@ def settings(masquerade: Masquerade) -> Settings:
         other=masquerade.other,
         other_protocols=masquerade.other_protocols,
         stack_routes=masquerade.stack_routes,
+        tunnel_port=tunnel_port,
     )
 
 
@@ -98,6 +100,7 @@ def map_sizes(masquerade: Masquerade, memory: int) -> dict[str, int]:
         "stack_flows": max(flows // 4, _LEAST_NOTES),
         "fragments": _FRAGMENTS,
         "uplinks": _UPLINKS,
+        "tunnels": _TUNNELS,
         "node_addresses": _NODE_ADDRESSES,
         "prefixes": _PREFIXES,
     }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 
 from agent.cluster import Cluster, ClusterNode, settle
+
+log = logging.getLogger(__name__)
 
 
 class Membership:
@@ -29,5 +32,15 @@ class Membership:
             cluster = settle(nodes, self._own_name, live=live)
             if cluster == self._cluster:
                 return
+            _tell(self._cluster, cluster)
             self._cluster = cluster
         self._changed()
+
+
+def _tell(before: Cluster, now: Cluster) -> None:
+    log.info("cluster nodes=%d live=%s", len(now.peers) + bool(now.own), str(now.live).lower())
+    for name in sorted(now.refused):
+        if now.refused[name] != before.refused.get(name):
+            log.error("pods of a node are not served: %s node=%s", now.refused[name], name)
+    for name in sorted(before.refused.keys() - now.refused.keys()):
+        log.info("pods of a node are served again node=%s", name)

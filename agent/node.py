@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_interface
@@ -33,8 +33,10 @@ _DEL_SECONDS = 8.0
 class Node:
     """Implements `cni.commands.Node`. Thread-safe."""
 
-    def __init__(self, *, store: Store, wiring: Wiring, loop: Loop, mtu: int, readiness: Readiness) -> None:
-        """`mtu` is the configured one in bytes; 0 means that of the uplink at the time of each ADD."""
+    def __init__(
+        self, *, store: Store, wiring: Wiring, loop: Loop, mtu: Callable[[], int], readiness: Readiness
+    ) -> None:
+        """`mtu` tells that of pods in bytes, unless their network's configuration does; it may raise KernelError."""
         self._store = store
         self._wiring = wiring
         self._loop = loop
@@ -64,12 +66,12 @@ class Node:
     def reserve(self, call: Call, request: Request, netns: int) -> None:
         """See `cni.commands.Node`.
 
-        Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved or the
-        node's own addresses are known, 100 for a second ADD, 101 for no free address, 105 for an address or MAC that
-        another pod has.
+        Codes: 7 for a bad configuration or request, 8 for a bad namespace, 11 before the datapath is proved, and while
+        the node's own addresses are unknown or another's, 100 for a second ADD, 101 for no free address, 105 for an
+        address or MAC that another pod has.
         """
-        if self._readiness.unproved:
-            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", self._readiness.unproved)
+        if reason := self._readiness.unproved or self._readiness.refused():
+            raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
         if reason := self._unaddressed(source):
             raise CniError(Code.TRY_AGAIN_LATER, "podlane cannot serve ADD now", reason)
@@ -79,7 +81,7 @@ class Node:
                 call.attachment,
                 device=device_name(call.attachment),
                 mac=call.requested_mac or pod_mac(call.attachment),
-                mtu=call.config.mtu or self._mtu or netlink.uplink_mtu(),
+                mtu=call.config.mtu or self._mtu(),
                 netns=Netns(call.netns_path, netns_id(netns)),
                 pools=source.pools,
                 requested=source.requested,
@@ -220,7 +222,12 @@ class Node:
             raise CniError(Code.NOT_AVAILABLE_LIMITED, "podlane cannot serve ADD now", reason)
         source = supply.of(call)
         try:
-            reason = self._unaddressed(source) or self._readiness.uninstalled or self._store.exhausted(source.pools)
+            reason = (
+                self._readiness.refused()
+                or self._unaddressed(source)
+                or self._readiness.uninstalled
+                or self._store.exhausted(source.pools)
+            )
         except StoreError as error:
             reason = str(error)
         if reason:

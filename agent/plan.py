@@ -18,9 +18,12 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     Queue,
     Settings,
     State,
+    TunnelDevice,
+    TunnelEnd,
     Uplink,
 )
 from agent.store import Phase, Pod, Subnet
@@ -29,13 +32,27 @@ _ETHERNET_HEADER = 14  # bytes
 
 
 @dataclass(frozen=True)
+class Tunnel:
+    """The tunnel that there should be, and the index of its device, 0 as long as that is not there."""
+
+    name: str
+    device: TunnelDevice
+    end: TunnelEnd
+    ifindex: int = 0
+
+
+@dataclass(frozen=True)
 class Outside:
     """All that the way out of the node depends on. `uplinks` are by device name."""
 
     uplinks: Mapping[str, Uplink] = field(default_factory=dict)
     node_addresses: frozenset[Address] = frozenset()
-    prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
+    prefixes: dict[Network, Lanes] = field(default_factory=dict)
     settings: Settings | None = None
+    tunnel: Tunnel | None = None
+    peer_routes: dict[Network, PeerRoute] = field(default_factory=dict)
+    live: bool = True
+    """Whether the cluster's nodes are known; if not, what there is of others stays."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +100,13 @@ def plan(
     unreachable: the default route would send it away, and the world's routes send it back. Without `subnets` and
     `outside`, the state is what these pods need, no more.
     """
-    inside = inside or Inside()
-    desired = State(subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"))
-    if outside is not None:
-        _plan_outside(desired, outside)
+    inside, outside = inside or Inside(), outside or Outside()
+    desired = State(
+        prefixes=outside.prefixes,  # themselves, not copies: there may be thousands, and the loop compares identities
+        peer_routes=outside.peer_routes,
+        subnets=dict.fromkeys((each for each in subnets if each.num_addresses > 1), "unreachable"),
+    )
+    _plan_outside(desired, outside)
     for pod in pods:
         ifindex = indexes.get(pod.device)
         if ifindex is None:
@@ -102,12 +122,21 @@ def plan(
 def _plan_outside(desired: State, outside: Outside) -> None:
     if outside.settings is not None:
         desired.settings[0] = outside.settings
-    desired.prefixes.update(outside.prefixes)
     desired.node_addresses.update(dict.fromkeys(outside.node_addresses, 1))
     for device, uplink in outside.uplinks.items():
         desired.uplinks[uplink.ifindex] = uplink.sources
         desired.hooks[Hook(device, "ingress")] = Attached(uplink.ifindex, "from_uplink")
         desired.hooks[Hook(device, "egress")] = Attached(uplink.ifindex, "to_uplink")
+    if outside.tunnel is not None:
+        _plan_tunnel(desired, outside.tunnel)
+
+
+def _plan_tunnel(desired: State, tunnel: Tunnel) -> None:
+    desired.tunnel_devices[tunnel.name] = tunnel.device
+    if tunnel.ifindex:
+        desired.tunnels[tunnel.ifindex] = tunnel.end
+        desired.hooks[Hook(tunnel.name, "ingress")] = Attached(tunnel.ifindex, "from_tunnel")
+        desired.hooks[Hook(tunnel.name, "egress")] = Attached(tunnel.ifindex, "to_tunnel")
 
 
 def _plan_queues(desired: State, pod: Pod, ifindex: int, indexes: Mapping[str, int]) -> int:

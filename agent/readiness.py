@@ -22,6 +22,8 @@ class Readiness:
     """Says why the agent has no addresses of its own to give, full or not; empty if it has some."""
     exhausted: Callable[[], str] = lambda: ""
     """Says which of the agent's own addresses have run out; empty while there are some."""
+    refused: Callable[[], str] = lambda: ""
+    """Says which of the node's own pod CIDRs is another node's; empty if none."""
 
     @property
     def limited(self) -> str:
@@ -32,6 +34,6 @@ class Readiness:
     def reason(self) -> str:
         """Why ADD cannot be served now; empty if it can."""
         try:
-            return self.limited or self.unaddressed() or self.uninstalled or self.exhausted()
+            return self.limited or self.refused() or self.unaddressed() or self.uninstalled or self.exhausted()
         except StoreError as error:
             return str(error)

@@ -14,7 +14,8 @@ from typing import Literal, Protocol, TypeVar
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 Direction = Literal["ingress", "egress"]
-Program = Literal["from_pod", "to_pod", "from_uplink", "to_uplink"]
+Program = Literal["from_pod", "to_pod", "from_uplink", "to_uplink", "from_tunnel", "to_tunnel"]
+Routing = Literal["auto", "direct", "vxlan"]
 OtherProtocols = Literal["masquerade", "stack", "drop"]
 
 _U32_MAX = 0xFFFFFFFF
@@ -124,14 +125,64 @@ class Uplink:
 
     ifindex: int
     sources: Sources
+    networks: frozenset[Network] = frozenset()
+    """What is on-link there: the prefixes of its addresses of global scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelDevice:
+    """The device that leads to nodes that are not on-link: its UDP port, its MTU in bytes, the node's addresses there.
+
+    With these the node talks through it, and whoever forwards for others under its own address (kube-proxy).
+    """
+
+    port: int
+    mtu: int
+    addresses: frozenset[Address] = frozenset()
+    sound: bool = True
+    """Whether all else about it is as podlane makes it, and it is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelEnd:
+    """What the datapath must know of that device: addresses and MTU as in `TunnelDevice`, and the network's number."""
+
+    vni: int
+    mtu: int
+    mac: str
+    """Its MAC address, the same on all nodes."""
+    ipv4: IPv4Address | None = None
+    ipv6: IPv6Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRoute:
+    """The host's way to another node's pods: the device, and the next hop on it, if it has one."""
+
+    ifindex: int
+    gateway: Address | None = None
+    source: Address | None = None
+    """The node's address there, where it matters."""
+    mtu: int = 0
+    """In bytes, where it is less than the device's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """How packets to a prefix are treated: never masqueraded, and left to the host stack."""
+    """How packets to a prefix are treated."""
 
     native: bool = False
+    """Never masqueraded."""
     stack: bool = False
+    """Left to the host stack."""
+    peer: Address | None = None
+    """The node that has it, by the address at which it is called."""
+    node: bool = False
+    """It is an address of that node's own, not of its pods."""
+    tunnel: int = 0
+    """The index of the device that leads there, if that is the tunnel's."""
+    mtu: int = 0
+    """Of the way through the tunnel in bytes, where it is less than the tunnel's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +199,15 @@ class Settings:
     other: int
     other_protocols: OtherProtocols | str
     stack_routes: bool
+    tunnel_port: int = 0
 
 
 @dataclass(frozen=True)
 class State:
     """Everything podlane holds in the kernel beside the veth pairs, one mapping per table."""
 
+    tunnel_devices: dict[str, TunnelDevice] = field(default_factory=dict)
+    """One, if any, by its name."""
     queues: dict[int, Queue] = field(default_factory=dict)
     """By interface index."""
     endpoints: dict[Address, Endpoint] = field(default_factory=dict)
@@ -165,10 +219,13 @@ class State:
     hooks: dict[Hook, Attached] = field(default_factory=dict)
     uplinks: dict[int, Sources] = field(default_factory=dict)
     """By interface index."""
+    tunnels: dict[int, TunnelEnd] = field(default_factory=dict)
+    """Likewise."""
     neighbours: dict[Neighbour, str] = field(default_factory=dict)
     gateways: dict[Gateway, int] = field(default_factory=dict)
     """A set, too."""
     routes: dict[Address, HostRoute] = field(default_factory=dict)
+    peer_routes: dict[Network, PeerRoute] = field(default_factory=dict)
     subnets: dict[Network, Literal["unreachable"]] = field(default_factory=dict)
 
 

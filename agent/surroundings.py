@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 
 from agent import masquerade, netlink
-from agent.config import Config
+from agent.cluster import Cluster, ClusterNode
+from agent.config import IPV6_MIN_MTU, Config
 from agent.ipmasq import Rules, RulesFile
-from agent.plan import Outside
-from agent.state import Lanes, Network
+from agent.peers import Place, Ways
+from agent.plan import Outside, Tunnel
+from agent.state import Address, Lanes, Network, TunnelDevice, TunnelEnd, Uplink
+from agent.wiring import HOST_MAC
 
 log = logging.getLogger(__name__)
 
 
+# Bytes that VXLAN adds (RFC 7348 section 5): outer IP header, UDP, VXLAN, and the inner Ethernet header.
+_WRAPPING = {4: 20 + 8 + 8 + 14, 6: 40 + 8 + 8 + 14}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was found by looking at the node; `mtu` is that of its uplinks, `paths` those known to others, in bytes."""
+
+    uplinks: Mapping[str, Uplink]
+    node_addresses: frozenset[Address]
+    mtu: int
+    paths: Mapping[Address, int]
+
+
 class Surroundings:
-    """Looks around anew with every call of `outside`."""
+    """Looks around anew with every call of `outside`, unless told not to."""
 
     def __init__(self, config: Config) -> None:
         """Read the file of ip-masq-agent's, if the configuration names one. Raises ConfigError."""
@@ -22,39 +42,114 @@ class Surroundings:
         path = config.masquerade.config_file
         self._file = RulesFile(path) if path else None
         self._rules = masquerade.inline_rules(config.masquerade)
-        self._own: tuple[Network, ...] = ()
-        self._prefixes: dict[Network, Lanes] = {}
-        self._settings = masquerade.settings(config.masquerade)
-        self._known: Outside | None = None
+        self._subnets: tuple[Network, ...] = ()
+        self._prefixes: dict[Network, Lanes] | None = None
+        port = 0 if config.routing == "direct" else config.tunnel.port
+        self._settings = masquerade.settings(config.masquerade, port)
+        self._ways = Ways()
+        self._overhead = 0
+        self._seen: _Seen | None = None
+        self._known = Outside()
 
-    def outside(self, own: tuple[Network, ...]) -> Outside:
-        """Return what the plan must know; `own` are the subnets of the node's own ranges. Raises KernelError."""
-        now = Outside(
-            uplinks=netlink.uplinks(self._config.masquerade.uplinks),
-            node_addresses=netlink.node_addresses(),
-            prefixes=self._current_prefixes(own),
-            settings=self._settings,
+    def outside(self, cluster: Cluster, subnets: tuple[Network, ...], *, look: bool = True) -> Outside:
+        """Return what the plan must know; unless it is to `look`, of the node itself what it found the last time.
+
+        `subnets` are those of the node's own ranges.
+
+        The same object, if it knows of no change. Raises KernelError.
+        """
+        seen = self._look() if look or self._seen is None else self._seen
+        own = _own_addresses(seen, cluster.own)
+        self._overhead = self._wrapping(cluster, own)
+        tunnel = self._tunnel(seen.mtu, own) if self._overhead and cluster.peers else None
+        place = Place(
+            routing=self._config.routing,
+            uplinks=tuple(seen.uplinks.values()),
+            addresses=own,
+            tunnel=tunnel.ifindex if tunnel else 0,
+            tunnel_mtu=tunnel.device.mtu if tunnel else 0,
+            overhead=self._overhead,
+            prefixes=self._prefixes_of(subnets),
         )
-        if self._known is None or now.uplinks != self._known.uplinks:
-            _tell(now)
-        self._known = now
-        return now
+        peers = self._ways.find(place, cluster, seen.paths)
+        now = Outside(
+            uplinks=seen.uplinks,
+            node_addresses=seen.node_addresses,
+            prefixes=peers.prefixes,
+            settings=self._settings,
+            tunnel=tunnel,
+            peer_routes=peers.routes,
+            live=cluster.live,
+        )
+        if now != self._known:
+            self._known = now
+        return self._known
 
     @property
     def known(self) -> Outside:
         """What `outside` last returned; empty before."""
-        return self._known or Outside()
+        return self._known
 
-    def _current_prefixes(self, own: tuple[Network, ...]) -> dict[Network, Lanes]:
+    def pod_mtu(self) -> int:
+        """Return the MTU, in bytes, of pods that are made now. Raises KernelError."""
+        return self._config.mtu or _inside(netlink.uplink_mtu(), self._overhead)
+
+    def _look(self) -> _Seen:
+        before = self._seen
+        self._seen = _Seen(
+            netlink.uplinks(self._config.masquerade.uplinks),
+            netlink.node_addresses(),
+            netlink.uplink_mtu(),
+            netlink.path_mtus() if self._overhead else {},
+        )
+        if before is None or self._seen.uplinks != before.uplinks:
+            _tell(self._seen.uplinks)
         rules: Rules = self._file.current() if self._file else self._rules
-        if not self._prefixes or (rules, own) != (self._rules, self._own):
-            self._rules, self._own = rules, own
-            self._prefixes = masquerade.prefixes(self._config.masquerade, rules, own)
+        if rules != self._rules:
+            self._rules, self._prefixes = rules, None
+        return self._seen
+
+    def _prefixes_of(self, subnets: tuple[Network, ...]) -> dict[Network, Lanes]:
+        if self._prefixes is None or subnets != self._subnets:
+            self._subnets = subnets
+            self._prefixes = masquerade.prefixes(self._config.masquerade, self._rules, subnets)
         return self._prefixes
 
+    def _wrapping(self, cluster: Cluster, own: Sequence[Address]) -> int:
+        """Return the bytes to leave free for wrapping: in a cluster always, since nodes behind routers may join."""
+        if self._config.routing == "direct" or not (self._config.nodes or self._config.kubernetes or cluster.peers):
+            return 0
+        return _WRAPPING[own[0].version if own else 4]
 
-def _tell(outside: Outside) -> None:
-    if not outside.uplinks:
+    def _tunnel(self, uplink_mtu: int, own: Sequence[Address]) -> Tunnel:
+        mtu = _inside(uplink_mtu, self._overhead)
+        ipv4 = next((each for each in own if isinstance(each, IPv4Address)), None)
+        ipv6 = next((each for each in own if isinstance(each, IPv6Address)), None)
+        return Tunnel(
+            netlink.TUNNEL,
+            TunnelDevice(self._config.tunnel.port, mtu, frozenset(each for each in (ipv4, ipv6) if each)),
+            TunnelEnd(self._config.tunnel.vni, mtu, HOST_MAC, ipv4, ipv6),
+            netlink.tunnel_index(),
+        )
+
+
+def _inside(mtu: int, overhead: int) -> int:
+    """Return how large packets may be if so much is added to them; never too small for IPv6, if there is a choice."""
+    return max(mtu - overhead, min(mtu, IPV6_MIN_MTU))
+
+
+def _own_addresses(seen: _Seen, own: ClusterNode | None) -> tuple[Address, ...]:
+    """Return the node's addresses towards other nodes: those that the cluster knows, as far as it has them."""
+    if own and (known := tuple(each for each in own.addresses if each in seen.node_addresses)):
+        return known
+    sources = [each.sources for each in seen.uplinks.values()]
+    ipv4 = next((each.ipv4 for each in sources if each.ipv4), None)
+    ipv6 = next((each.ipv6 for each in sources if each.ipv6), None)
+    return tuple(each for each in (ipv4, ipv6) if each)
+
+
+def _tell(uplinks: Mapping[str, Uplink]) -> None:
+    if not uplinks:
         log.warning("no uplinks: pods reach nothing outside this node; see masquerade.uplinks in the configuration")
-    for device, uplink in sorted(outside.uplinks.items()):
+    for device, uplink in sorted(uplinks.items()):
         log.info("uplink device=%s ipv4=%s ipv6=%s", device, uplink.sources.ipv4, uplink.sources.ipv6)

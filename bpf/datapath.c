@@ -26,11 +26,13 @@
 #include "masquerade.h"
 #include "parse.h"
 #include "ports.h"
+#include "prefix.h"
 #include "rewrite.h"
 #include "shaping.h"
 #include "spoofing.h"
 #include "stack.h"
 #include "transport.h"
+#include "tunnel.h"
 
 /* An IP packet from a pod: is it the pod's, and who carries it on? */
 static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
@@ -118,8 +120,13 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct t
     if (known && is_reply(packet, transport))
         return punt(skb, OUTCOME(fwd_reply));
     __u32 rule = rule_for(packet, transport);
-    if (packet->native || is_native(packet) || (rule == OTHER_STACK && !fast))
+    struct lanes *lanes = find_lanes(&packet->destination);
+    if (lanes && lanes->tunnel) /* by the stack's routes it has come here, to one of a node's own addresses */
+        return enter_tunnel(skb, lanes->tunnel);
+    if (packet->native || is_native(packet, lanes) || (rule == OTHER_STACK && !fast))
         return punt(skb, OUTCOME(fwd_native));
+    if (known && seems_wrapped(transport))
+        return drop(skb, OUTCOME(drop_forged_peer));
     if (known && rule == OTHER_MASQUERADE)
         return masquerade(skb, packet, transport);
     if (transport->part == PART_LATER && rule == OTHER_MASQUERADE)
@@ -159,6 +166,15 @@ int to_uplink(struct __sk_buff *skb)
     return punt(skb, OUTCOME(fwd_host_out));
 }
 
+/* Must the stack have what comes for a pod: to look at options, to answer, or to give it back to one of its flows? */
+static bool needs_stack(const struct packet *packet, const struct transport *transport, bool known,
+                        const struct endpoint *pod)
+{
+    if (packet->has_options || packet->ttl <= 1)
+        return true;
+    return pod->via_stack && (packet->is_fragment || (known && stack_flows.lookup((struct tuple *)&transport->tuple)));
+}
+
 /* What comes from outside: ingress of an uplink. */
 int from_uplink(struct __sk_buff *skb)
 {
@@ -175,13 +191,51 @@ int from_uplink(struct __sk_buff *skb)
     struct endpoint *pod = endpoints.lookup(&packet.destination);
     if (!pod || is_link_local(&packet.destination))
         return punt(skb, transport.part == PART_LATER ? OUTCOME(punt_fragment) : OUTCOME(fwd_host_in));
-    if (packet.has_options || packet.ttl <= 1)
-        return punt(skb, outcome);
-    if (pod->via_stack && (packet.is_fragment || (known && stack_flows.lookup(&transport.tuple))))
+    if (needs_stack(&packet, &transport, known, pod))
         return punt(skb, outcome);
     if (known && outcome == OUTCOME(fwd_inbound))
         note_inbound(&transport);
-    if (packet.is_ipv6)
-        bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
-    return deliver(skb, &packet, pod, outcome);
+    return deliver_from_outside(skb, &packet, pod, outcome);
+}
+
+/* What goes to nodes that are not on-link: egress of the tunnel. The only place where the node is chosen. */
+int to_tunnel(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+    bool fast = skb->mark == FAST_MARK;
+    __u32 ifindex = skb->ifindex;
+
+    if (skb->cb[0] == SEEN)
+        return punt(skb, OUTCOME(fwd_to_peer));
+    skb->cb[0] = SEEN;
+    if (fast)
+        skb->mark = 0;
+    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
+        return drop(skb, OUTCOME(drop_no_peer));
+    struct tunnel *tunnel = tunnels.lookup(&ifindex);
+    struct lanes *lanes = find_lanes(&packet.destination);
+    if (!tunnel || !lanes || is_nobody(&lanes->peer))
+        return drop(skb, OUTCOME(drop_no_peer));
+    struct endpoint *pod = endpoints.lookup(&packet.source);
+    if (pod && !fast && identify(skb, &packet, &transport))
+        keep_in_stack(&transport, pod);
+    return wrap(skb, tunnel, &lanes->peer) ? drop(skb, OUTCOME(drop_no_peer)) : punt(skb, OUTCOME(fwd_to_peer));
+}
+
+/* What comes from nodes that are not on-link: ingress of the tunnel. Nothing here is believed but by who sent it. */
+int from_tunnel(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct transport transport = {};
+
+    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet) || is_forged(skb, &packet))
+        return drop(skb, OUTCOME(drop_forged_peer));
+    struct endpoint *pod = endpoints.lookup(&packet.destination);
+    if (!pod || is_link_local(&packet.destination) || skb->pkt_type != PACKET_HOST)
+        return punt(skb, OUTCOME(fwd_peer_host));
+    bool known = identify(skb, &packet, &transport);
+    if (needs_stack(&packet, &transport, known, pod))
+        return punt(skb, OUTCOME(fwd_from_peer));
+    return deliver_from_outside(skb, &packet, pod, OUTCOME(fwd_from_peer));
 }

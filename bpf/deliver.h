@@ -46,3 +46,11 @@ static int deliver(struct __sk_buff *skb, struct packet *packet, struct endpoint
     }
     return bpf_redirect_peer(endpoint->ifindex, 0);
 }
+
+/* For what has come in by a device that leads out. */
+static int deliver_from_outside(struct __sk_buff *skb, struct packet *packet, struct endpoint *endpoint, __u64 outcome)
+{
+    if (packet->is_ipv6)
+        bpf_csum_update(skb, HOP_LIMIT_DIFFERENCE);
+    return deliver(skb, packet, endpoint, outcome);
+}

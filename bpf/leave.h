@@ -6,25 +6,15 @@
 #include "deliver.h"
 #include "maps.h"
 #include "parse.h"
+#include "prefix.h"
 #include "stack.h"
 #include "transport.h"
+#include "tunnel.h"
+#include "wire.h"
 
 /* bcc declares this helper with three arguments. */
 static int (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *params, int size,
                              __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
-
-/* The largest IP packet that this one is on the wire: of a GSO packet, that is a segment. */
-static __u32 wire_size(struct __sk_buff *skb, const struct packet *packet)
-{
-    __u32 header = sizeof(struct udphdr);
-    __u8 words;
-
-    if (!skb->gso_size)
-        return packet->size - ETH_HLEN;
-    if (packet->protocol == IPPROTO_TCP && bpf_skb_load_bytes(skb, packet->header_end + 12, &words, sizeof(words)) == 0)
-        header = (words >> 4) * 4;
-    return packet->header_end - ETH_HLEN + header + skb->gso_size;
-}
 
 /* Returns BPF_FIB_LKUP_RET_*. */
 static int find_route(struct __sk_buff *skb, const struct packet *packet, struct bpf_fib_lookup *route)
@@ -59,14 +49,12 @@ static int send_out(struct __sk_buff *skb, struct packet *packet, struct bpf_fib
 }
 
 /* Does the configuration, or the lack of one, send this through the host stack? */
-static bool belongs_to_stack(const struct packet *packet)
+static bool belongs_to_stack(const struct packet *packet, const struct lanes *lanes)
 {
-    struct prefix prefix = {.length = 128, .address = packet->destination};
     __u32 zero = 0;
     struct settings *options = settings.lookup(&zero);
-    __u8 *kind = prefixes.lookup(&prefix);
 
-    return !options || !options->last_port || options->stack_routes || (kind && *kind & PREFIX_STACK) ||
+    return !options || !options->last_port || options->stack_routes || (lanes && lanes->kind & PREFIX_STACK) ||
            (options->other_protocols == OTHER_STACK && is_other(packet->protocol, packet->is_ipv6));
 }
 
@@ -74,9 +62,12 @@ static bool belongs_to_stack(const struct packet *packet)
 static int leave(struct __sk_buff *skb, struct packet *packet)
 {
     struct bpf_fib_lookup route = {};
+    struct lanes *lanes = find_lanes(&packet->destination);
 
-    if (belongs_to_stack(packet) || node_addresses.lookup(&packet->destination))
+    if (belongs_to_stack(packet, lanes) || node_addresses.lookup(&packet->destination))
         return punt(skb, OUTCOME(punt_host));
+    if (lanes && lanes->tunnel)
+        return leave_by_tunnel(skb, packet, lanes);
     int found = find_route(skb, packet, &route);
     if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED)
         return punt(skb, OUTCOME(punt_too_big));

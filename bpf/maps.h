@@ -85,6 +85,25 @@ struct uplink {
     struct addr ipv6;
 };
 
+/* The device that leads to nodes that are not on-link, and what the node itself is to them. */
+struct tunnel {
+    struct addr ipv4; /* the node's addresses, of the families that it has; else 0 */
+    struct addr ipv6;
+    __u32 vni;
+    __u32 mtu; /* of the packets inside */
+    __u8 mac[ETH_ALEN];
+    __u8 reserved[2];
+};
+
+/* How packets to a prefix are treated. */
+struct lanes {
+    struct addr peer; /* the node that has it, as the others call it; else 0 */
+    __u32 tunnel;     /* the device that leads there, in `tunnels`; else 0 */
+    __u32 mtu;        /* of the way through the tunnel, where it is less than the tunnel's own; else 0 */
+    __u8 kind;        /* PREFIX_* */
+    __u8 reserved[7];
+};
+
 /*
  * What the agent's configuration sets. Time-outs are in seconds. Until it is written (last_port is 0), all that is not
  * for a local pod goes through the host stack.
@@ -100,6 +119,7 @@ struct settings {
     __u32 other;           /* of other protocols */
     __u32 other_protocols; /* OTHER_* */
     __u32 stack_routes;    /* 1: what leaves the node goes through the host stack */
+    __u32 tunnel_port;     /* UDP port of all nodes' tunnels; 0: there are none */
 };
 
 /* What becomes of pods' packets to the world that are neither TCP, UDP nor ICMP. */
@@ -126,6 +146,7 @@ struct counter {
 struct outcomes {
     struct counter fwd_local;      /* from_pod: handed to another local pod, past the host stack */
     struct counter fwd_uplink;     /* from_pod: sent out by an uplink, past the host stack */
+    struct counter fwd_tunnel;     /* from_pod, to_uplink: into the tunnel, past the host stack */
     struct counter fwd_shaped;     /* from_pod: to the queue of a limited pod, and from there to the host stack */
     struct counter fwd_from_stack; /* to_pod: the host stack sent it to a pod */
     struct counter fwd_queued;     /* to_pod: what another program sent to a limited pod, at its queue */
@@ -134,6 +155,9 @@ struct outcomes {
     struct counter fwd_host_out;   /* to_uplink: not from a pod */
     struct counter fwd_native;     /* to_uplink: to where masquerading does not apply */
     struct counter fwd_reply;      /* to_uplink: answers a flow that the other side opened */
+    struct counter fwd_to_peer;    /* to_tunnel: on its way to the node that has the destination */
+    struct counter fwd_from_peer;  /* from_tunnel: for a pod's own address */
+    struct counter fwd_peer_host;  /* from_tunnel: not for a pod */
 
     struct counter masq_in;  /* from_uplink: an answer, given back to its pod */
     struct counter masq_out; /* to_uplink: now the node's */
@@ -152,12 +176,14 @@ struct outcomes {
     struct counter punt_ttl;
     struct counter punt_unknown_protocol;
 
+    struct counter drop_forged_peer; /* from_tunnel: not from the node that has the source; to_uplink: seems so */
     struct counter drop_mapped_address;
     struct counter drop_masq_exhausted;
     struct counter drop_masq_fragment;
     struct counter drop_masq_full;
     struct counter drop_masq_no_address;
     struct counter drop_masq_unsupported;
+    struct counter drop_no_peer;       /* to_tunnel: no node has the destination */
     struct counter drop_other_network; /* from_pod: for a pod of a network to which its own is not routed */
     struct counter drop_spoofed_address;
     struct counter drop_spoofed_arp;
@@ -195,10 +221,14 @@ BPF_TABLE("hash", __u32, struct uplink, uplinks, 1);
 /* The node's own addresses; the values are unused. Written by the agent. */
 BPF_TABLE("hash", struct addr, __u8, node_addresses, 1);
 
-/* Destinations with lanes of their own: any of PREFIX_*, with those of shorter prefixes. Written by the agent. */
+/* The tunnel's device, by interface index. Written by the agent. */
+BPF_TABLE("hash", __u32, struct tunnel, tunnels, 1);
+
+/* Destinations with lanes of their own, and with those of shorter prefixes. Written by the agent. */
 #define PREFIX_NATIVE 1 /* never masqueraded: the cluster, nonMasqueradeCIDRs, link-local */
 #define PREFIX_STACK  2 /* for the host stack: service addresses */
-BPF_F_TABLE("lpm_trie", struct prefix, __u8, prefixes, 1, BPF_F_NO_PREALLOC);
+#define PREFIX_NODE   4 /* the peer's own address, not its pods' */
+BPF_F_TABLE("lpm_trie", struct prefix, struct lanes, prefixes, 1, BPF_F_NO_PREALLOC);
 
 /* One entry. Written by the agent. */
 BPF_TABLE("array", __u32, struct settings, settings, 1);

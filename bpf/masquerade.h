@@ -233,11 +233,10 @@ static __u32 rule_for(const struct packet *packet, const struct transport *trans
     return options ? options->other_protocols : OTHER_DROP;
 }
 
-/* Does masquerading not apply to this destination? */
-static bool is_native(const struct packet *packet)
+/* Does masquerading not apply to this destination? `lanes` are its. */
+static bool is_native(const struct packet *packet, const struct lanes *lanes)
 {
-    struct prefix prefix = {.length = 128, .address = packet->destination};
-    __u8 *kind = prefixes.lookup(&prefix);
+    struct addr destination = packet->destination;
 
-    return (kind && *kind & PREFIX_NATIVE) || is_multicast(packet) || node_addresses.lookup(&prefix.address);
+    return (lanes && lanes->kind & PREFIX_NATIVE) || is_multicast(packet) || node_addresses.lookup(&destination);
 }

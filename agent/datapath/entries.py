@@ -9,7 +9,7 @@ from dataclasses import asdict
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Generic, TypeVar
 
-from ..state import Address, Endpoint, KernelError, Lanes, Network, Settings, Sources
+from ..state import Address, Endpoint, KernelError, Lanes, Network, Settings, Sources, TunnelEnd
 from .layout import Value
 from .maps import Map
 
@@ -25,18 +25,33 @@ class MapTable(ABC, Generic[K, V]):
 
     def __init__(self, entries: Map) -> None:
         self._map = entries
+        self._keys: dict[bytes, K] = {}  # as they were read the last time: there may be thousands
+        self._values: dict[bytes, V] = {}
 
     def read(self) -> dict[K, V]:
         """Return all entries."""
-        return {self._key(key): self._value(value) for key, value in self._map.items()}
+        raw = self._map.items_bytes()
+        keys, values = self._keys, self._values
+        self._keys = {key: keys[key] if key in keys else self._key(self._map.key.decode(key)) for key, _ in raw}
+        self._values = {
+            value: values[value] if value in values else self._value(self._map.value.decode(value))
+            for value in {value for _, value in raw}
+        }
+        return {self._keys[key]: self._values[value] for key, value in raw}
 
     def upsert(self, items: Mapping[K, V]) -> dict[K, KernelError]:
         """Create or replace entries; return the failures."""
-        return failures(items, lambda key: self._map.update(self._raw_key(key), self._raw_value(items[key])))
+        return failures(items, lambda key: self._write(key, items[key]))
 
     def delete(self, keys: Iterable[K]) -> dict[K, KernelError]:
         """Delete entries; return the failures."""
         return failures(keys, lambda key: self._map.delete(self._raw_key(key)))
+
+    def _write(self, key: K, value: V) -> None:
+        raw_key, raw_value = self._map.key.encode(self._raw_key(key)), self._map.value.encode(self._raw_value(value))
+        self._map.update_bytes(raw_key, raw_value)
+        # So `read` returns these very objects, which compare by identity: twenty times as fast.
+        self._keys[raw_key], self._values[raw_value] = key, value
 
     @abstractmethod
     def _key(self, raw: Value) -> K: ...
@@ -81,20 +96,13 @@ class UplinkTable(MapTable[int, Sources]):
         return int(raw)
 
     def _value(self, raw: Value) -> Sources:
-        ipv4, ipv6 = to_address(raw["ipv4"]), to_address(raw["ipv6"])
-        return Sources(
-            ipv4=ipv4 if isinstance(ipv4, IPv4Address) else None,
-            ipv6=ipv6 if isinstance(ipv6, IPv6Address) and int(ipv6) else None,
-        )
+        return to_sources(raw)
 
     def _raw_key(self, key: int) -> Value:
         return key
 
     def _raw_value(self, value: Sources) -> Value:
-        return {
-            "ipv4": from_address(value.ipv4) if value.ipv4 else _NOBODY,
-            "ipv6": from_address(value.ipv6) if value.ipv6 else _NOBODY,
-        }
+        return from_sources(value)
 
 
 class AddressTable(MapTable[Address, int]):
@@ -113,13 +121,32 @@ class AddressTable(MapTable[Address, int]):
         return value
 
 
-class PrefixTable(MapTable[Network, Lanes]):
-    """The map `prefixes`; `native` and `stack` are the bits that lanes have in it."""
+class TunnelTable(MapTable[int, TunnelEnd]):
+    """The map `tunnels`: the tunnel's device, by index."""
 
-    def __init__(self, entries: Map, *, native: int, stack: int) -> None:
+    def _key(self, raw: Value) -> int:
+        return int(raw)
+
+    def _value(self, raw: Value) -> TunnelEnd:
+        sources = to_sources(raw)
+        return TunnelEnd(raw["vni"], raw["mtu"], raw["mac"].hex(":"), sources.ipv4, sources.ipv6)
+
+    def _raw_key(self, key: int) -> Value:
+        return key
+
+    def _raw_value(self, value: TunnelEnd) -> Value:
+        mac = bytes.fromhex(value.mac.replace(":", ""))
+        return {"vni": value.vni, "mtu": value.mtu, "mac": mac, **from_sources(Sources(value.ipv4, value.ipv6))}
+
+
+class PrefixTable(MapTable[Network, Lanes]):
+    """The map `prefixes`; `native`, `stack` and `node` are the bits that lanes have in it."""
+
+    def __init__(self, entries: Map, *, native: int, stack: int, node: int) -> None:
         super().__init__(entries)
         self._native = native
         self._stack = stack
+        self._node = node
 
     def _key(self, raw: Value) -> Network:
         address, length = to_address(raw["address"]), raw["length"]
@@ -128,14 +155,27 @@ class PrefixTable(MapTable[Network, Lanes]):
         return ip_network((address, length))
 
     def _value(self, raw: Value) -> Lanes:
-        return Lanes(native=bool(raw & self._native), stack=bool(raw & self._stack))
+        peer = to_address(raw["peer"])
+        return Lanes(
+            native=bool(raw["kind"] & self._native),
+            stack=bool(raw["kind"] & self._stack),
+            peer=peer if int(peer) else None,
+            node=bool(raw["kind"] & self._node),
+            tunnel=raw["tunnel"],
+            mtu=raw["mtu"],
+        )
 
     def _raw_key(self, key: Network) -> Value:
         length = key.prefixlen + (_MAPPED_BITS if key.version == 4 else 0)
         return {"length": length, "address": from_address(key.network_address)}
 
     def _raw_value(self, value: Lanes) -> Value:
-        return value.native * self._native | value.stack * self._stack
+        return {
+            "peer": from_address(value.peer) if value.peer else _NOBODY,
+            "tunnel": value.tunnel,
+            "mtu": value.mtu,
+            "kind": value.native * self._native | value.stack * self._stack | value.node * self._node,
+        }
 
 
 class SettingsTable(MapTable[int, Settings]):
@@ -181,3 +221,20 @@ def to_address(raw: Value) -> Address:
     """Return the address in a decoded `struct addr`."""
     address = IPv6Address(struct.pack("=4I", *raw["word"]))
     return address.ipv4_mapped or address
+
+
+def from_sources(sources: Sources) -> dict[str, Value]:
+    """Return the fields `ipv4` and `ipv6` of a C struct."""
+    return {
+        "ipv4": from_address(sources.ipv4) if sources.ipv4 else _NOBODY,
+        "ipv6": from_address(sources.ipv6) if sources.ipv6 else _NOBODY,
+    }
+
+
+def to_sources(raw: Value) -> Sources:
+    """Return what is in those fields."""
+    ipv4, ipv6 = to_address(raw["ipv4"]), to_address(raw["ipv6"])
+    return Sources(
+        ipv4=ipv4 if isinstance(ipv4, IPv4Address) else None,
+        ipv6=ipv6 if isinstance(ipv6, IPv6Address) and int(ipv6) else None,
+    )

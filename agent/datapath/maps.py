@@ -107,14 +107,17 @@ class Map:
 
     def items(self) -> Iterator[tuple[Value, Value]]:
         """Yield keys and values. Entries written meanwhile may or may not be among them."""
+        for key, value in self.items_bytes():
+            yield self.key.decode(key), self._decoded(value)
+
+    def items_bytes(self) -> list[tuple[bytes, bytes]]:
+        """Return keys and values as they stand in memory, as `items` does."""
         try:
-            raw = list(self._batched_items())
+            return list(self._batched_items())
         except libbpf.BpfError as error:
             if error.errno not in _NO_BATCHES:
                 raise
-            raw = list(self._single_items())
-        for key, value in raw:
-            yield self.key.decode(key), self._decoded(value)
+            return list(self._single_items())
 
     def _lookup(self, key: bytes) -> bytes | None:
         value = ctypes.create_string_buffer(self._bytes)

@@ -10,16 +10,20 @@ from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
     ALIAS_PREFIX,
     NAME_PREFIX,
+    TUNNEL,
     delete_device,
     devices,
     enable_forwarding,
     fallen_devices,
     index,
+    tunnel_index,
     uplink_mtu,
 )
 from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, same_netns
+from agent.netlink.paths import path_mtus
+from agent.netlink.peers import PeerRouteTable
 from agent.netlink.pods import (
     InterfaceExists,
     configure_pod,
@@ -31,19 +35,23 @@ from agent.netlink.pods import (
 from agent.netlink.shaping import QueueTable, create_shaper, raise_shaper, shapers
 from agent.netlink.sysctl import reserve_ports
 from agent.netlink.tables import NeighbourTable, RouteTable, SubnetTable
+from agent.netlink.tunnel import TunnelDeviceTable
 from agent.netlink.uplinks import node_addresses, uplinks
 
 __all__ = [
     "ALIAS_PREFIX",
     "NAME_PREFIX",
+    "TUNNEL",
     "ClsactHooks",
     "GatewayTable",
     "InterfaceExists",
     "Monitor",
     "NeighbourTable",
+    "PeerRouteTable",
     "QueueTable",
     "RouteTable",
     "SubnetTable",
+    "TunnelDeviceTable",
     "configure_pod",
     "create_pair",
     "create_shaper",
@@ -57,12 +65,14 @@ __all__ = [
     "is_netns",
     "netns_cookie",
     "node_addresses",
+    "path_mtus",
     "pod_macs",
     "raise_host",
     "raise_shaper",
     "reserve_ports",
     "same_netns",
     "shapers",
+    "tunnel_index",
     "uplink_mtu",
     "uplinks",
 ]

@@ -44,6 +44,9 @@ from agent.netlink.rtnl import (
 NAME_PREFIX = "pl"
 ALIAS_PREFIX = "podlane:"
 
+TUNNEL = "podlane.vx"
+"""The name of the device that leads to nodes that are not on-link."""
+
 DEFAULT_MTU = 1500  # bytes
 
 RTEXT_FILTER_SKIP_STATS = 8  # linux/rtnetlink.h
@@ -122,9 +125,9 @@ def enable_forwarding() -> None:
 
 
 def is_own(link: Link) -> bool:
-    """Say whether a device is the host end of a pod's veth pair, or such a pod's shaper."""
+    """Say whether a device is the host end of a pod's veth pair, such a pod's shaper, or the tunnel."""
     alias = text(link.attributes.get(IFLA_IFALIAS, b""))
-    return link.name.startswith(NAME_PREFIX) and alias.startswith(ALIAS_PREFIX)
+    return (link.name.startswith(NAME_PREFIX) or link.name == TUNNEL) and alias.startswith(ALIAS_PREFIX)
 
 
 def links(*filters: tuple[str, object]) -> Iterator[Link]:
@@ -146,6 +149,11 @@ def own_links(kind: str) -> Iterator[Link]:
     # ip link show type KIND
     wanted = {"attrs": [("IFLA_INFO_KIND", kind)]}
     return (link for link in links(("IFLA_LINKINFO", wanted)) if is_own(link))
+
+
+def tunnel_index() -> int:
+    """Return the index of the tunnel's device, 0 without one. Raises KernelError."""
+    return next((link.index for link in own_links("vxlan") if link.name == TUNNEL), 0)
 
 
 def default_route_devices() -> set[int]:

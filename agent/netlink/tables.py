@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pyroute2.netlink.rtnl import (
@@ -22,6 +23,7 @@ from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink.channel import Request, attributes, dump, each, errno_of, request
+from agent.netlink.devices import tunnel_index
 from agent.netlink.rtnl import (
     ADD,
     CHANGE,
@@ -37,8 +39,12 @@ from agent.netlink.rtnl import (
     RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
     RTA_DST,
+    RTA_GATEWAY,
+    RTA_METRICS,
     RTA_OIF,
     RTA_PREFSRC,
+    RTA_VIA,
+    RTAX_MTU,
     RTN_UNICAST,
     RTN_UNREACHABLE,
     u32,
@@ -48,18 +54,19 @@ from agent.state import Address, HostRoute, KernelError, Neighbour, Network
 # The metric of unreachable subnets: whoever knows a way into one of them, as the node itself may, comes first.
 _LAST = 1 << 31
 
+HOST_BITS: dict[int, int] = {FAMILY[4]: 32, FAMILY[6]: 128}
+
 
 class RouteTable:
     """`Table[Address, HostRoute]`: the host's route to each pod's address."""
 
     def read(self) -> dict[Address, HostRoute]:
         """Return podlane's host routes. Raises KernelError."""
+        tunnel = tunnel_index()
         return {
-            network.network_address: HostRoute(
-                u32(route[RTA_OIF]), _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None
-            )
-            for network, kind, route in _own_routes()
-            if network.prefixlen == network.max_prefixlen and kind == RTN_UNICAST and RTA_OIF in route
+            route.network.network_address: HostRoute(route.ifindex, route.source)
+            for route in own_routes(RTN_UNICAST, hosts=True)
+            if not route.leads_to_peer(tunnel)
         }
 
     def upsert(self, items: Mapping[Address, HostRoute]) -> dict[Address, KernelError]:
@@ -86,7 +93,7 @@ class SubnetTable:
 
     def read(self) -> dict[Network, Literal["unreachable"]]:
         """Return podlane's unreachable subnets. Raises KernelError."""
-        return {network: "unreachable" for network, kind, _ in _own_routes() if kind == RTN_UNREACHABLE}
+        return {route.network: "unreachable" for route in own_routes(RTN_UNREACHABLE)}
 
     def upsert(self, items: Mapping[Network, Literal["unreachable"]]) -> dict[Network, KernelError]:
         """Create the given routes, behind those of others."""
@@ -125,16 +132,61 @@ class NeighbourTable:
         return each(keys, [_delete_neighbour(key) for key in keys])
 
 
-def _own_routes() -> Iterator[tuple[Network, int, dict[int, bytes]]]:
-    """Yield destination, type and attributes of podlane's routes."""
+@dataclass(frozen=True, slots=True)
+class OwnRoute:
+    """One of podlane's routes. `ifindex` is 0 if it leads nowhere, `mtu` (bytes) if it is the device's."""
+
+    network: Network
+    ifindex: int
+    gateway: Address | None
+    source: Address | None
+    mtu: int
+
+    def leads_to_peer(self, tunnel: int) -> bool:
+        """Say whether it is for another node's pods: those of the node's own have neither a next hop nor the tunnel.
+
+        `tunnel` is the index of the tunnel's device.
+        """
+        return self.gateway is not None or self.ifindex == tunnel > 0
+
+
+def own_routes(kind: int, known: dict[bytes, OwnRoute] | None = None, *, hosts: bool = False) -> Iterator[OwnRoute]:
+    """Yield podlane's routes of a type (RTN_…), or with `hosts` those to a single address. Raises KernelError.
+
+    What is `known`, by the message that tells of it, need not be decoded again: there may be thousands.
+    """
     for family in FAMILY.values():
-        # ip route show table main proto 112; the kernel filters
-        fields = {"family": family, "table": RT_TABLE_MAIN, "proto": PROTOCOL}
+        # ip route show table main proto 112 type KIND; the kernel filters
+        fields = {"family": family, "table": RT_TABLE_MAIN, "proto": PROTOCOL, "type": kind}
         for answer in dump(request("list routes", rtmsg, RTM_GETROUTE, fields=fields)):
-            got, length, _, protocol, _, kind, _ = ROUTE.unpack_from(answer.body)
-            route = attributes(answer.body, ROUTE.size)
-            if answer.type == RTM_NEWROUTE and (got, protocol) == (family, PROTOCOL) and RTA_DST in route:
-                yield ipaddress.ip_network((route[RTA_DST], length)), kind, route
+            got, length, _, protocol, _, is_kind, _ = ROUTE.unpack_from(answer.body)
+            if (answer.type, got, protocol, is_kind) != (RTM_NEWROUTE, family, PROTOCOL, kind):
+                continue
+            if hosts and length != HOST_BITS[family]:
+                continue
+            route = known.get(answer.body) if known is not None else None
+            if route is None:
+                route = _decoded(attributes(answer.body, ROUTE.size), family, length)
+                if known is not None:
+                    known[answer.body] = route
+            yield route
+
+
+def _decoded(route: dict[int, bytes], family: int, length: int) -> OwnRoute:
+    packed = route.get(RTA_DST, bytes(HOST_BITS[family] // 8))  # without one, it is a default route
+    metrics = attributes(route.get(RTA_METRICS, b""), 0)
+    return OwnRoute(
+        ipaddress.ip_network((packed, length)),
+        u32(route[RTA_OIF]) if RTA_OIF in route else 0,
+        _gateway(route),
+        _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None,
+        u32(metrics[RTAX_MTU]) if RTAX_MTU in metrics else 0,
+    )
+
+
+def _gateway(route: dict[int, bytes]) -> Address | None:
+    packed = route.get(RTA_GATEWAY) or route.get(RTA_VIA, b"")[2:]  # after the family
+    return _address(packed) if packed else None
 
 
 def _subnet(verb: str, network: Network, type_: int, flags: int) -> Request:

@@ -11,9 +11,9 @@ from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_NEWADDR
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
 from agent.netlink.channel import attributes, dump, request
-from agent.netlink.devices import Link, default_route_devices, host_ends, is_own, links
+from agent.netlink.devices import TUNNEL, Link, default_route_devices, host_ends, index, is_own, links
 from agent.netlink.rtnl import ADDRESS, IFA_ADDRESS, IFA_LOCAL, IFLA_INFO_KIND, IFLA_LINKINFO, RT_SCOPE_UNIVERSE, text
-from agent.state import Address, Sources, Uplink
+from agent.state import Address, Network, Sources, Uplink
 
 ARPHRD_ETHER = 1  # linux/if_arp.h; the programs read Ethernet frames
 # Kinds of devices whose addresses do not make them lead out: what is behind them is on this node (containers of other
@@ -34,6 +34,8 @@ class Assigned:
     device: int
     scope: int
     flags: int
+    far: Address
+    """Of a point-to-point link, the other end's; else the address itself. The prefix is of this one."""
 
 
 def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
@@ -52,27 +54,34 @@ def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
             return any(fnmatchcase(link.name, pattern) for pattern in patterns)
         return link.index in routed or (link.index in addressed and _kind(link) not in INWARD)
 
-    found = (link for link in links() if link.type == ARPHRD_ETHER and not is_own(link) and leads_out(link))
-    return {link.name: Uplink(link.index, _sources(link.index, addresses)) for link in found}
+    found = [link for link in links() if link.type == ARPHRD_ETHER and not is_own(link) and leads_out(link)]
+    return {link.name: _uplink(link.index, addresses) for link in found}
 
 
 def node_addresses() -> frozenset[Address]:
     """Return all addresses on all devices, of whatever scope, but podlane's own. Raises KernelError."""
     found = set(assigned_addresses())
-    return frozenset(each.address for each in found - on_host_ends(found))
+    tunnel = index(TUNNEL)
+    return frozenset(each.address for each in found - on_host_ends(found) if each.device != tunnel)
 
 
-def _sources(device: int, addresses: list[Assigned]) -> Sources:
+def _uplink(number: int, addresses: list[Assigned]) -> Uplink:
+    own = [each for each in addresses if each.device == number and each.scope == RT_SCOPE_UNIVERSE]
+    return Uplink(number, _sources(own), _networks(own))
+
+
+def _sources(addresses: list[Assigned]) -> Sources:
     """Return the addresses that a host would rather use: the first fit one of each family, as the kernel lists them."""
-    fit = [
-        each.address
-        for each in addresses
-        if each.device == device and each.scope == RT_SCOPE_UNIVERSE and not each.flags & UNFIT
-    ]
+    fit = [each.address for each in addresses if not each.flags & UNFIT]
     return Sources(
         ipv4=next((each for each in fit if isinstance(each, ipaddress.IPv4Address)), None),
         ipv6=next((each for each in fit if isinstance(each, ipaddress.IPv6Address)), None),
     )
+
+
+def _networks(addresses: list[Assigned]) -> frozenset[Network]:
+    """Return the prefixes whose addresses are on the device's own link."""
+    return frozenset(ipaddress.ip_network((each.far, each.bits), strict=False) for each in addresses)
 
 
 def _kind(link: Link) -> str:
@@ -86,8 +95,9 @@ def assigned_addresses() -> Iterator[Assigned]:
         if answer.type == RTM_NEWADDR:
             _, bits, flags, scope, device = ADDRESS.unpack_from(answer.body)
             given = attributes(answer.body, ADDRESS.size)
-            packed = given.get(IFA_LOCAL) or given[IFA_ADDRESS]  # of a point-to-point link, the latter is the peer's
-            yield Assigned(ipaddress.ip_address(packed), bits, device, scope, flags)
+            far = ipaddress.ip_address(given[IFA_ADDRESS])
+            address = ipaddress.ip_address(given[IFA_LOCAL]) if IFA_LOCAL in given else far
+            yield Assigned(address, bits, device, scope, flags, far)
 
 
 def on_host_ends(assigned: Iterable[Assigned]) -> set[Assigned]:

@@ -30,13 +30,7 @@ class Cluster:
         self.node: Machine = stack.enter_context(machine(directory))
         self.world = self.node.add_uplink()
         self._stack = stack
-        self.runtime = Containerd(
-            directory,
-            conf_dir=directory / "conf",
-            bin_dir=directory / "bin",
-            netns=self.node.netns.name,
-            env={"PODLANE_SOCKET": str(directory / "cni.sock"), "PODLANE_SPOOL": str(directory / "spool")},
-        )
+        self.runtime = runtime_of(self.node)
 
     def start_runtime(self) -> None:
         """Start containerd, which is not ready for pods before an agent has installed its CNI configuration."""
@@ -76,6 +70,18 @@ class Cluster:
         """Return the rows of a SELECT on podlane's store, whether the agent runs or not."""
         with closing(sqlite3.connect(f"file:{self.node.directory}/state/ipam.db?mode=ro", uri=True)) as store:
             return store.execute(query).fetchall()
+
+
+def runtime_of(node: Machine) -> Containerd:
+    """Return a containerd for a node, in the node's own directory, whose CNI plugin is podlane."""
+    home = node.directory
+    return Containerd(
+        home,
+        conf_dir=home / "conf",
+        bin_dir=home / "bin",
+        netns=node.netns.name,
+        env={"PODLANE_SOCKET": str(home / "cni.sock"), "PODLANE_SPOOL": str(home / "spool")},
+    )
 
 
 @contextmanager

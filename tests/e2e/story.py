@@ -55,10 +55,14 @@ class Story:
 
     def fact(self, what: str, *, expected: object, seen: object, shown: str | None = None) -> None:
         """Check that what was seen is what was expected, and print it. Raises `Unexpected`."""
+        self.check(what, expected=expected, seen=seen)
+        self.say(f"    {self._paint(_GREEN, '✓')} {shown or f'{what}: {seen}'}")
+
+    def check(self, what: str, *, expected: object, seen: object) -> None:
+        """Check that what was seen is what was expected, without a word if it is. Raises `Unexpected`."""
         if seen != expected:
             raise Unexpected(what, repr(expected), repr(seen))
         self.facts += 1
-        self.say(f"    {self._paint(_GREEN, '✓')} {shown or f'{what}: {seen}'}")
 
     def find(self, what: str, pattern: str, text: str) -> str:
         """Return the first match of a regular expression, its first group if it has one. Raises `Unexpected`."""

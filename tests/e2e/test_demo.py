@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,10 +27,10 @@ _SECONDS = 100
 class Demo:
     """A running demo whose temporary files are in a directory of their own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, nodes: str) -> None:
         self.directory = directory
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.demo"],
+            [sys.executable, "-m", "tests.e2e.demo", nodes],
             cwd=ROOT,
             env={**os.environ, "TMPDIR": str(directory)},
             stdout=subprocess.PIPE,
@@ -43,7 +44,7 @@ class Demo:
         assert any(text in line for line in self.process.stdout), f"the demo ended without {text!r}"
 
     def agent(self) -> int:
-        """Return the agent's PID."""
+        """Return the PID of a demo's only agent."""
         found = subprocess.check_output(["pgrep", "--full", f"^{sys.executable} -m agent --config {self.directory}/"])
         return int(found)
 
@@ -54,10 +55,13 @@ class Demo:
 
 
 @pytest.fixture
-def demo() -> Iterator[Demo]:
-    """Start a demo; pytest's own directories have names too long for containerd's sockets in them."""
+def demo(request: pytest.FixtureRequest) -> Iterator[Demo]:
+    """Start a demo, of one node or as many as the parameter says.
+
+    pytest's own directories have names too long for containerd's sockets in them.
+    """
     with tempfile.TemporaryDirectory(prefix="plt-") as directory:
-        demo = Demo(Path(directory))
+        demo = Demo(Path(directory), getattr(request, "param", "1"))
         try:
             yield demo
         finally:
@@ -87,6 +91,35 @@ def test_demo_succeeds(demo: Demo) -> None:
     assert "ttl=63" in output
     assert "\x1b" not in output
     assert traces(demo) == []
+
+
+@pytest.mark.parametrize("demo", ["3"], indirect=True)
+def test_cluster_demo_succeeds(demo: Demo) -> None:
+    """The demo of three nodes ends with status 0, has all pairs of pods in its table by lane, and leaves nothing."""
+    output = demo.end()
+    assert demo.process.returncode == 0, output
+    assert re.findall(r"^ ?(\d+)  ", output, re.MULTILINE) == [str(number) for number in range(1, 9)]
+    met = re.findall(r"^ +([a-d]) on n\d → ([a-d]) on n\d +(\w+) ", output, re.MULTILINE)
+    assert Counter(lane for _, _, lane in met) == {"local": 2, "direct": 4, "vxlan": 6}
+    assert len({(one, other) for one, other, _ in met}) == 12
+    assert traces(demo) == []
+
+
+@pytest.mark.parametrize("demo", ["3"], indirect=True)
+def test_interrupted_cluster_demo_cleans_up(demo: Demo) -> None:
+    """Ctrl-C ends the demo of three nodes with status 130, and nothing is left of it."""
+    demo.read_to("ip route show")
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.end().endswith("interrupted, and cleaned up\n")
+    assert demo.process.returncode == 130
+    assert traces(demo) == []
+
+
+@pytest.mark.parametrize("demo", ["2"], indirect=True)
+def test_no_such_demo(demo: Demo) -> None:
+    """Of a number of nodes for which there is no demo it says so, with status 2."""
+    assert demo.end() == "NODES is 1 or 3, not 2\n"
+    assert demo.process.returncode == 2
 
 
 def test_demo_that_fails_says_so(demo: Demo) -> None:

@@ -141,8 +141,11 @@ def raw_exchange(asker: Netns, answerer: Netns, address: str, protocol: int, que
     return str(peer[0])
 
 
-def transfer(sender: Netns, receiver: Netns, address: str, size: int) -> tuple[str, str, str]:
-    """Send random bytes over TCP; return the hash of what was sent and of what arrived, and the sender as seen."""
+def transfer(sender: Netns, receiver: Netns, address: str, size: int, *, seconds: float = 60) -> tuple[str, str, str]:
+    """Send random bytes over TCP; return the hash of what was sent and of what arrived, and the sender as seen.
+
+    Raises TimeoutError if nothing moves for some seconds.
+    """
     block = hashlib.shake_128(address.encode()).digest(1 << 20)
     received, sent = hashlib.sha256(), hashlib.sha256()
     with bound(receiver, TCP, address, 5001) as listener:
@@ -151,7 +154,7 @@ def transfer(sender: Netns, receiver: Netns, address: str, size: int) -> tuple[s
         with bound(sender, TCP, here) as source:
             source.connect((address, 5001))
             connection, peer = listener.accept()
-            source.settimeout(60)
+            source.settimeout(seconds)
 
             def send() -> None:
                 for number in range(size >> 20):
@@ -163,7 +166,7 @@ def transfer(sender: Netns, receiver: Netns, address: str, size: int) -> tuple[s
             thread = threading.Thread(target=send)
             thread.start()
             with connection:
-                connection.settimeout(60)
+                connection.settimeout(seconds)
                 while piece := connection.recv(1 << 20):
                     received.update(piece)
             thread.join()

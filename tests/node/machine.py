@@ -157,7 +157,9 @@ class Machine:
             "masquerade": {"max_flows": 1 << 16, **masquerade},  # the default depends on the machine
             **config,
         }
-        self.config.write_text(yaml.safe_dump(content))
+        fresh = self.config.with_suffix(".new")
+        fresh.write_text(yaml.safe_dump(content))
+        fresh.rename(self.config)  # an agent that reads it meanwhile never sees half of it
 
     def add_netns(self, hint: str) -> Netns:
         """Make a network namespace that goes with this machine."""

@@ -239,3 +239,25 @@ def test_ranges_and_kubernetes_exclude_each_other(node: Node) -> None:
     assert node.agent.wait(30) == 2
     node.agent = None
     assert "kubernetes takes the place of ranges" in node.log_tail()
+
+
+def test_routes_to_peers(node: Node) -> None:
+    """Routes to other nodes come and go with their Nodes; during an outage they stay, also over a restart."""
+
+    def routes() -> str:
+        return node.netns.run("ip", "route", "show", "10.88.0.0/24").stdout
+
+    node.register(V4, V6)
+    node.start_agent()
+    node.api.objects.put(make_node("peer", ["10.88.0.0/24"], ["192.0.2.1"]))
+    node.wait_for(lambda: "via 192.0.2.1 dev uplink proto 112" in routes(), "the route to the peer")
+    node.stop_agent()
+    node.api.stop()
+    node.netns.run("ip", "route", "delete", "10.88.0.0/24")
+    node.start_agent()
+    assert "via 192.0.2.1 dev uplink" in routes()
+    node.api.objects.delete("peer")
+    node.make_pod("a")
+    assert "via 192.0.2.1 dev uplink" in routes()
+    node.api.start()
+    node.wait_for(lambda: not routes(), "the route to go")

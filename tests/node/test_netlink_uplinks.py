@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 
@@ -56,10 +56,18 @@ def test_addresses_make_uplinks() -> None:
     address("192.0.2.11/24", "eth0")
     address("198.51.100.1/24", "eth0")
     address("2001:db8::10/64", "eth1")
+    networks = [frozenset(map(ip_network, each)) for each in (("192.0.2.0/24", "198.51.100.0/24"), ("2001:db8::/64",))]
     assert netlink.uplinks() == {
-        "eth0": Uplink(number("eth0"), Sources(IPv4Address("192.0.2.10"), None)),
-        "eth1": Uplink(number("eth1"), Sources(None, IPv6Address("2001:db8::10"))),
+        "eth0": Uplink(number("eth0"), Sources(IPv4Address("192.0.2.10"), None), networks[0]),
+        "eth1": Uplink(number("eth1"), Sources(None, IPv6Address("2001:db8::10")), networks[1]),
     }
+
+
+def test_networks_of_an_uplink() -> None:
+    """On-link is what the prefixes of its global addresses hold: of a point-to-point link, the other end's."""
+    address("192.0.2.10 peer 198.51.100.0/30", "eth0")
+    run("ip address add 169.254.7.7/16 dev eth0 scope link")
+    assert netlink.uplinks()["eth0"].networks == {ip_network("198.51.100.0/30")}
 
 
 @pytest.mark.parametrize("family", ["-4", "-6"])

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from tests.node.machine import Netns, TestPod
 
 RATE = 2000  # datagrams per second and direction
-BULK_RATE = 1000  # writes per second
 BULK_BYTES = 32768  # each
 BUFFER = 64 << 20  # bytes; holds all datagrams of a test, so that no receiver can be too slow
 SO_RCVBUFFORCE = 33
@@ -80,17 +79,20 @@ class Bulk:
         assert segments <= 0, f"TCP sent {segments} lost segments again"
 
 
-def assert_arrived(flows: Sequence[Datagrams]) -> None:
+def assert_arrived(flows: Sequence[Datagrams], rate: int = RATE) -> None:
     """Assert that every datagram arrived, and that they were enough to tell."""
     sent = sum(flow.sent for flow in flows)
     lost = sum(len(flow.lost()) for flow in flows)
     assert lost == 0, f"lost {lost} of {sent} datagrams"
-    assert sent > RATE, f"{sent} datagrams are too few to tell"
+    assert sent > rate, f"{sent} datagrams are too few to tell"
 
 
 @contextmanager
-def lossless_traffic(a: TestPod, b: TestPod) -> Iterator[None]:
-    """Let traffic between pods flow during the block, and assert at its end that nothing was lost."""
+def lossless_traffic(a: TestPod, b: TestPod, rate: int = RATE) -> Iterator[None]:
+    """Let traffic between pods flow during the block, and assert at its end that nothing was lost.
+
+    `rate` is that of each of four flows of datagrams, and twice that of TCP's writes, per second.
+    """
     with ExitStack() as stack:
         ways = [(a, b, 0), (b, a, 0), (a, b, 1), (b, a, 1)]
         flows = [
@@ -101,12 +103,12 @@ def lossless_traffic(a: TestPod, b: TestPod) -> Iterator[None]:
         receiver = threading.Thread(target=bulk.receive)
         receiver.start()
         try:
-            with _sending(RATE, flows), _sending(BULK_RATE, [bulk]):
+            with _sending(rate, flows), _sending(rate // 2, [bulk]):
                 yield
         finally:
             bulk.sender.shutdown(socket.SHUT_WR)
             receiver.join()
-        assert_arrived(flows)
+        assert_arrived(flows, rate)
         bulk.assert_nothing_lost()
 
 

@@ -14,6 +14,7 @@ from agent.datapath.object import Object
 
 from ..support import bpffs, private_network
 from .harness import Rig, two_pods
+from .tunnel import Tunnel, tunnel_at
 from .world import Node, loaded_node
 
 SOURCE = Path(__file__).resolve().parents[2] / "bpf"
@@ -157,3 +158,17 @@ def node(shared_node: Node) -> Node:
     """Provide the node, without any flow."""
     shared_node.reset()
     return shared_node
+
+
+@pytest.fixture(scope="module")
+def shared_tunnel(shared_node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tunnel]:
+    """Let the node's uplink play the device of a tunnel."""
+    with tunnel_at(shared_node, tmp_path_factory.mktemp("tunnel")) as made:
+        yield made
+
+
+@pytest.fixture
+def tunnel(node: Node, shared_tunnel: Tunnel) -> Tunnel:
+    """Provide the tunnel of a node without flows or peers."""
+    assert node is shared_tunnel.node
+    return shared_tunnel

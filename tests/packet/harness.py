@@ -34,13 +34,13 @@ from ..support import ip
 
 PASS, DROP, REDIRECT = -1, 2, 7  # TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT
 
-SENT = {"fwd_local", "fwd_uplink", "fwd_shaped"}
+SENT = {"fwd_local", "fwd_uplink", "fwd_shaped", "fwd_tunnel"}
 """Outcomes of what goes past the host stack."""
 
-DELIVERED = {"fwd_inbound", "masq_in"}
+DELIVERED = {"fwd_inbound", "fwd_from_peer", "masq_in"}
 """Outcomes of what goes to a pod, past the host stack if nothing is odd about it."""
 
-CHANGED = SENT | DELIVERED | {"masq_out"}
+CHANGED = SENT | DELIVERED | {"masq_out", "fwd_to_peer"}
 """Outcomes of what is not left as it was."""
 
 LARGEST = 3712
@@ -123,13 +123,17 @@ class Rig:
         return self.run_in(context, packet, program=program)
 
     def run_in(self, context: SkBuff, packet: Packet | bytes, *, program: str, flags: int = 0) -> Ran:
-        """Run a program in a context, and check what holds for every packet.
+        """Run a program of the datapath, by its name, as `run_program` does."""
+        return self.run_program(context, packet, program=self.datapath.programs[program], flags=flags)
+
+    def run_program(self, context: SkBuff, packet: Packet | bytes, *, program: int, flags: int = 0) -> Ran:
+        """Run a program, by descriptor, in a context, and check what holds for every packet.
 
         That is: one outcome grew, by one packet and the frame's bytes; the verdict is one that the outcome may have;
         and only a packet that is sent on was changed.
         """
         frame = raw(packet)
-        result = run(self.datapath.programs[program], frame, context=context, flags=flags)
+        result = run(program, frame, context=context, flags=flags)
         ((outcome, count),) = self.growth().items()
         assert count == (1, len(frame))
         assert result.verdict in verdicts_of(outcome), outcome

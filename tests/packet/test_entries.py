@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.datapath.entries import AddressTable, PrefixTable, SettingsTable, UplinkTable
+from agent.datapath.entries import AddressTable, PrefixTable, SettingsTable, TunnelTable, UplinkTable
 from agent.datapath.loader import Datapath, load
 from agent.datapath.object import Object
-from agent.state import Lanes, Network, OtherProtocols, Settings, Sources, Table
+from agent.state import Lanes, Network, OtherProtocols, Settings, Sources, Table, TunnelEnd
 
-SIZES = {"uplinks": 16, "node_addresses": 16, "prefixes": 64}
+SIZES = {"uplinks": 16, "tunnels": 16, "node_addresses": 16, "prefixes": 64}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def datapath(datapath_object: Object, pins: Path) -> Iterator[Datapath]:
 def prefixes(datapath: Datapath) -> PrefixTable:
     """Return the table of prefixes, as the agent makes it."""
     constants = datapath.constants
-    lanes = {"native": constants["PREFIX_NATIVE"], "stack": constants["PREFIX_STACK"]}
+    lanes = {name: constants[f"PREFIX_{name.upper()}"] for name in ("native", "stack", "node")}
     return PrefixTable(datapath.maps["prefixes"], **lanes)
 
 
@@ -50,6 +50,13 @@ def test_uplinks(datapath: Datapath) -> None:
     ipv4, ipv6 = IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1")
     entries = {1: Sources(ipv4, ipv6), 2: Sources(ipv4, None), 3: Sources(None, ipv6), 2**31 - 1: Sources(None, None)}
     assert_holds(UplinkTable(datapath.maps["uplinks"]), entries)
+
+
+def test_tunnels(datapath: Datapath) -> None:
+    """A tunnel has a number, an MTU and a MAC address, and the node's addresses as an uplink has them."""
+    mac, ipv4, ipv6 = "02:70:6c:61:6e:65", IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1")
+    entries = {7: TunnelEnd(112, 1450, mac, ipv4, ipv6), 8: TunnelEnd(2**24 - 1, 1430, mac, None, ipv6)}
+    assert_holds(TunnelTable(datapath.maps["tunnels"]), entries)
 
 
 def test_node_addresses(datapath: Datapath) -> None:
@@ -77,7 +84,17 @@ def test_unknown_choice(datapath: Datapath) -> None:
     assert table.read()[0].other_protocols == "unknown:99"
 
 
-@pytest.mark.parametrize("lanes", [Lanes(), Lanes(native=True), Lanes(stack=True), Lanes(native=True, stack=True)])
+@pytest.mark.parametrize(
+    "lanes",
+    [
+        Lanes(),
+        Lanes(native=True),
+        Lanes(stack=True),
+        Lanes(native=True, stack=True),
+        Lanes(native=True, peer=IPv4Address("192.0.2.1"), tunnel=7, mtu=1350),
+        Lanes(peer=IPv6Address("2001:db8::1"), node=True),
+    ],
+)
 def test_lanes(prefixes: PrefixTable, lanes: Lanes) -> None:
     """Each combination of lanes, of prefixes of all lengths."""
     texts = ("0.0.0.0/0", "10.0.0.0/8", "192.0.2.1/32", "::/0", "::/1", "fd00::/8", "2001:db8::1/128", "::/96")

@@ -14,6 +14,7 @@ from agent.datapath.tables import outcomes
 from .conftest import SOURCE
 from .harness import DROP, A, B, Ran, Rig, verdicts_of
 from .test_to_pod import EXAMPLES
+from .tunnel import PEERS, Tunnel, pod_of
 from .world import NATIVE, NODE, UNREACHABLE, WORLD, Node, answer, arriving, delivered, from_pod, leaving, request
 
 pytestmark = pytest.mark.root
@@ -91,11 +92,22 @@ WORLDLY: dict[str, Example] = {
 }
 """For each outcome between pods and the world: what must be, the program, and a packet."""
 
+FAR, STRANGER = PEERS[4]
+TUNNELLED: dict[str, Callable[[Tunnel], Ran]] = {
+    "fwd_tunnel": lambda it: it.node.leave(from_pod(4, A, pod_of(2, 4)) / UDP()),
+    "fwd_to_peer": lambda it: it.out(leaving(4, A.ipv4, pod_of(2, 4)) / UDP()),
+    "fwd_from_peer": lambda it: it.into(arriving(4, A.ipv4, pod_of(2, 4)) / UDP(), FAR),
+    "fwd_peer_host": lambda it: it.into(arriving(4, NODE[4], pod_of(2, 4)) / UDP(), FAR),
+    "drop_forged_peer": lambda it: it.into(arriving(4, A.ipv4, pod_of(2, 4)) / UDP(), STRANGER),
+    "drop_no_peer": lambda it: it.out(leaving(4, A.ipv4, WORLD[4]) / UDP()),
+}
+"""For each outcome at the tunnel, a packet of it."""
+
 
 def test_the_list_is_complete(rig: Rig) -> None:
     """Each outcome that the C declares has its packet here or at the pods' hooks, and none that it does not declare."""
-    assert set(outcomes(rig.datapath)) == EXAMPLES.keys() | WORLDLY.keys()
-    assert not EXAMPLES.keys() & WORLDLY.keys()
+    examples = [*EXAMPLES, *WORLDLY, *TUNNELLED]
+    assert sorted(outcomes(rig.datapath)) == sorted(examples)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -112,6 +124,13 @@ def test_reached_at_an_uplink(node: Node, name: str) -> None:
     prepare, program, packet = WORLDLY[name]
     prepare(node)
     assert program(node, packet).outcome == name
+
+
+@pytest.mark.parametrize("name", TUNNELLED)
+def test_reached_at_the_tunnel(tunnel: Tunnel, name: str) -> None:
+    """The packet ends in this outcome."""
+    tunnel.peers(4)
+    assert TUNNELLED[name](tunnel).outcome == name
 
 
 def test_names_say_the_verdict(rig: Rig) -> None:

@@ -68,11 +68,12 @@ SETTINGS = {
     "stack_routes": 0,
 }
 
-NATIVE, STACK = 1, 2
+NATIVE, STACK, NODE_OWN = 1, 2, 4
 
 SIZES = {
     "endpoints": 64,
     "uplinks": 8,
+    "tunnels": 2,
     "node_addresses": 64,
     "prefixes": 64,
     "flows": 256,
@@ -84,7 +85,7 @@ SIZES = {
 }
 """Of the maps, in entries."""
 
-_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes")
+_STATE = ("flows", "owners", "inbound", "conversations", "fragments", "prefixes", "tunnels")
 
 
 class Node(Rig):
@@ -117,7 +118,9 @@ class Node(Rig):
         """Give a prefix lanes of its own."""
         parsed = ip_network(network)
         length = parsed.prefixlen + (96 if parsed.version == 4 else 0)
-        self.datapath.maps["prefixes"].update({"length": length, "address": word(parsed.network_address)}, lanes)
+        self.datapath.maps["prefixes"].update(
+            {"length": length, "address": word(parsed.network_address)}, {"kind": lanes}
+        )
 
     def leave(self, packet: Packet | bytes, *, pod: Pod = A, gso_size: int = 0) -> Ran:
         """Run from_pod on what a pod sends."""

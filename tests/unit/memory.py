@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from agent.loop import Loop, Tables
-from agent.plan import Inside, Outside, plan, routed_subnets
+from agent.plan import Inside, Outside, Tunnel, plan, routed_subnets
 from agent.pods import shaper_of
 from agent.ranges import Range
 from agent.state import (
@@ -29,10 +29,13 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     Queue,
     Settings,
     Sources,
     State,
+    TunnelDevice,
+    TunnelEnd,
     Uplink,
 )
 from agent.store import Netns, Phase, Pod, Store, Subnet
@@ -47,6 +50,7 @@ SECONDS = 30.0  # until a test that waits for something gives up
 
 
 FOREIGN: dict[str, tuple[Any, Any]] = {
+    "tunnel_devices": ("podlane.old", TunnelDevice(4789, 1450)),
     "queues": (99, Queue(1, 2)),
     "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
     "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, 8, "drop", True)),
@@ -54,9 +58,11 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "node_addresses": (ip_address("192.0.2.1"), 0),
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
     "uplinks": (99, Sources()),
+    "tunnels": (99, TunnelEnd(1, 1450, "02:00:00:00:00:99")),
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "gateways": (Gateway(ip_address("192.0.2.1"), 99), 0),
     "routes": (ip_address("192.0.2.1"), HostRoute(99)),
+    "peer_routes": (ip_network("192.0.2.0/24"), PeerRoute(99)),
     "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
 }
 """One object of each table that belongs to no pod."""
@@ -77,6 +83,16 @@ OUTSIDE = Outside(
     node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
     prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
     settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, 600, "masquerade", False),
+    tunnel=Tunnel(
+        "podlane.vx",
+        TunnelDevice(4789, 1450, frozenset({ip_address("198.51.100.0")})),
+        TunnelEnd(112, 1450, "02:00:00:00:00:01", IPv4Address("198.51.100.0")),
+        ifindex=4,
+    ),
+    peer_routes={
+        ip_network("10.0.1.0/24"): PeerRoute(2, gateway=IPv4Address("198.51.100.9")),
+        ip_network("10.0.2.0/24"): PeerRoute(3, gateway=IPv4Address("198.51.100.10")),
+    },
 )
 """What a node sees around it."""
 
@@ -188,6 +204,7 @@ class World:
         self.store = Store(directory / "ipam.db", ranges, "boot")
         self.journal: list[tuple[str, str]] = []
         self.tables = Tables(
+            tunnel_devices=MemoryTable[str, TunnelDevice]("tunnel_devices", self.journal),
             queues=MemoryTable[int, Queue]("queues", self.journal),
             endpoints=MemoryTable[Address, Endpoint]("endpoints", self.journal),
             settings=MemoryTable[int, Settings]("settings", self.journal),
@@ -195,9 +212,11 @@ class World:
             node_addresses=MemoryTable[Address, int]("node_addresses", self.journal),
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
             uplinks=MemoryTable[int, Sources]("uplinks", self.journal),
+            tunnels=MemoryTable[int, TunnelEnd]("tunnels", self.journal),
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             gateways=MemoryTable[Gateway, int]("gateways", self.journal),
             routes=MemoryTable[Address, HostRoute]("routes", self.journal),
+            peer_routes=MemoryTable[Network, PeerRoute]("peer_routes", self.journal),
             subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
         )
         self.devices = MemoryDevices(self.journal)
@@ -210,7 +229,7 @@ class World:
             devices=self.devices,
             repaired=lambda kind, count: self.repairs.update({kind: count}),
             settle=self.settle,
-            outside=lambda: self.outside,
+            outside=lambda _look: self.outside,
             resync_seconds=resync_seconds,
         )
 

@@ -33,6 +33,14 @@ def test_the_younger_of_two_overlapping_nodes_is_refused() -> None:
     assert cluster.refused == {"a": "pod CIDR 10.0.0.0/16 overlaps with 10.0.7.0/24 of node z, which is older"}
 
 
+def test_every_prefix_that_is_refused_is_told() -> None:
+    """A node that loses several pod CIDRs is told of each."""
+    old = node("a", "10.0.0.0/24", "10.0.1.0/24", created="2025-01-01T00:00:00Z")
+    told = settle([old, node("b", "10.0.0.0/25", "10.0.1.0/25")], "a", live=True).refused["b"]
+    assert "10.0.0.0/25 overlaps with 10.0.0.0/24" in told
+    assert "10.0.1.0/25 overlaps with 10.0.1.0/24" in told
+
+
 CIDRS = st.builds(
     lambda address, length: ip_network((address, length), strict=False),
     st.integers(0, 2**32 - 1),

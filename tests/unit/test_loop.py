@@ -14,6 +14,9 @@ from agent.store import Netns, Phase
 from cni.call import Attachment
 from tests.unit.memory import FOREIGN, NAMES, SECONDS, SUBNETS, World
 
+ONE = ("settings", "tunnel_devices", "tunnels")
+"""Of which there is one."""
+
 
 @settings(max_examples=50, deadline=None)
 @given(st.data())
@@ -67,7 +70,7 @@ def test_pass_touches_only_what_differs(slow: World) -> None:
         assert slow.journal == [("delete", name) for name in tables]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "settings"])  # of which there is one
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ONE])
 def test_repairs(world: World, name: str) -> None:
     """What is removed, changed or added behind the loop's back is put right, and counted: three repairs."""
     world.add("a")

@@ -83,7 +83,7 @@ class World:
         self.store = open_store(directory / "ipam.db", SUBNETS)
         self.kernel = MemoryKernel()
         kernel: object = self.kernel
-        self.node = Node(store=self.store, wiring=kernel, loop=kernel, mtu=1500, readiness=Readiness("", ""))  # type: ignore[arg-type]
+        self.node = Node(store=self.store, wiring=kernel, loop=kernel, mtu=lambda: 1500, readiness=Readiness("", ""))  # type: ignore[arg-type]
         self.answers: Counter[tuple[str, int]] = Counter()
         plugins = directory / "plugins"
         plugins.mkdir()

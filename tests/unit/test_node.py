@@ -25,7 +25,7 @@ ONE, OTHER = Attachment("net", "one", "eth0"), Attachment("net", "other", "eth0"
 def make_node() -> Node:
     """Return a node whose kernel is never asked."""
     nothing: Any = None
-    return Node(store=nothing, wiring=nothing, loop=nothing, mtu=0, readiness=Readiness())
+    return Node(store=nothing, wiring=nothing, loop=nothing, mtu=lambda: 1500, readiness=Readiness())
 
 
 def test_calls_of_one_attachment_take_turns() -> None:
@@ -107,7 +107,7 @@ def left(world: World) -> list[str]:
 def gc_node(world: World, wiring: MemoryWiring) -> Node:
     """Return a node on a world."""
     anything: Any = wiring
-    return Node(store=world.store, wiring=anything, loop=world.loop, mtu=0, readiness=Readiness())
+    return Node(store=world.store, wiring=anything, loop=world.loop, mtu=lambda: 1500, readiness=Readiness())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""How this node reaches the others: by which lane, and what that takes in routes and prefixes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
+from typing import Literal
+
+from agent.cluster import Cluster, ClusterNode
+from agent.config import IPV6_MIN_MTU
+from agent.state import Address, Lanes, Network, PeerRoute, Routing, Uplink
+
+Lane = Literal["direct", "vxlan", "routed"]
+"""To the node itself, on-link; wrapped; or as any other packet, by routers that know the way (`routing: direct`)."""
+
+FAMILIES = (4, 6)
+
+
+@dataclass(frozen=True)
+class Place:
+    """All that the ways to others depend on at this end."""
+
+    routing: Routing
+    uplinks: tuple[Uplink, ...] = ()
+    addresses: tuple[Address, ...] = ()
+    """The node's own, at which others reach it, the first one first."""
+    tunnel: int = 0
+    """The index of the tunnel's device; 0 as long as there is none."""
+    tunnel_mtu: int = 0
+    """Its MTU in bytes."""
+    overhead: int = 0
+    """The bytes by which it makes packets larger."""
+    prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
+    """Those that have lanes whoever is in the cluster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The way to one node: the lanes of each family, the routes to its pods, and the prefixes that are its own."""
+
+    peer: Address | None
+    """The address at which it is called."""
+    lanes: Mapping[int, Lane]
+    routes: Mapping[Network, PeerRoute]
+    prefixes: Mapping[Network, Lanes]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ways to all nodes, by their names, and these together with the prefixes of the place."""
+
+    ways: Mapping[str, Way] = field(default_factory=dict)
+    routes: dict[Network, PeerRoute] = field(default_factory=dict)
+    prefixes: dict[Network, Lanes] = field(default_factory=dict)
+
+
+class Ways:
+    """Finds the ways. What it found for a node is kept while node and place are the same: there may be thousands."""
+
+    def __init__(self) -> None:
+        self._place = Place("auto")
+        self._covers = _Covers({})
+        self._nodes: dict[str, ClusterNode] = {}
+        self._cluster: Cluster | None = None
+        self._paths: Mapping[Address, int] = {}
+        self._peers = Peers()
+
+    def find(self, place: Place, cluster: Cluster, paths: Mapping[Address, int] | None = None) -> Peers:
+        """Return the ways from the place to all of the cluster's peers; the same object while nothing changes.
+
+        `paths` are the path MTUs, in bytes, that are known to some addresses.
+        """
+        paths = paths or {}
+        moved = place != self._place
+        if not moved and cluster is self._cluster and paths == self._paths:
+            return self._peers
+        if moved:
+            self._covers = _Covers(place.prefixes)
+        changed = {each for each in paths.keys() | self._paths.keys() if paths.get(each) != self._paths.get(each)}
+        ways: dict[str, Way] = {}
+        for node in cluster.peers:
+            known = self._peers.ways[node.name] if not moved and self._nodes.get(node.name) == node else None
+            fits = known is not None and known.peer not in changed
+            ways[node.name] = known if known and fits else _way(place, self._covers, node, paths)
+        self._place, self._cluster, self._paths = place, cluster, paths
+        self._nodes = {node.name: node for node in cluster.peers}
+        self._peers = _together(place, ways)
+        return self._peers
+
+
+def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
+    routes: dict[Network, PeerRoute] = {}
+    prefixes: dict[Network, Lanes] = {}
+    for way in ways.values():
+        routes.update(way.routes)
+        prefixes.update(way.prefixes)
+    return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes})
+
+
+def _within(inner: Mapping[Network, Lanes], outer: Mapping[Network, Lanes]) -> dict[Network, Lanes]:
+    """Return the `inner` prefixes, each with what it has from the longest of the `outer` ones that covers it."""
+    lengths = sorted({(each.version, each.prefixlen) for each in outer}, reverse=True)
+    result = dict(inner)
+    for network, lanes in inner.items():
+        for version, length in lengths:
+            if version == network.version and length <= network.prefixlen:
+                covering = outer.get(network.supernet(new_prefix=length))
+                if covering is not None:
+                    result[network] = replace(covering, node=False, stack=lanes.stack or covering.stack)
+                    break
+    return result
+
+
+class _Covers:
+    """Finds the longest prefix that covers another, among few that are to be asked for often."""
+
+    def __init__(self, prefixes: Mapping[Network, Lanes]) -> None:
+        self._by_length: dict[tuple[int, int], dict[int, Lanes]] = {}
+        for network, lanes in prefixes.items():
+            starts = self._by_length.setdefault((network.version, network.prefixlen), {})
+            starts[int(network.network_address)] = lanes
+        self._lengths = sorted(self._by_length, reverse=True)
+
+    def __getitem__(self, network: Network) -> Lanes:
+        start = int(network.network_address)
+        for version, length in self._lengths:
+            if version == network.version and length <= network.prefixlen:
+                host_bits = network.max_prefixlen - length
+                found = self._by_length[version, length].get(start >> host_bits << host_bits)
+                if found is not None:
+                    return found
+        return Lanes()
+
+
+def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+    peer, hops = _called(place, node), _hops(place, node)
+    mtu = _narrower(place, paths.get(peer, 0) if peer else 0)
+    lanes = {version: _lane(place, hops.get(version)) for version in FAMILIES}
+    routes = {}
+    for cidr in node.pod_cidrs:
+        route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
+        if route is not None:
+            routes[cidr] = route
+    own = set(place.addresses)
+    addresses = [ip_network(each) for each in node.addresses if each not in own]
+    tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
+    prefixes = {
+        network: Lanes(
+            native=True,
+            stack=covers[network].stack,
+            peer=peer,
+            node=is_node,
+            tunnel=tunnels[network.version],
+            mtu=mtu if tunnels[network.version] else 0,
+        )
+        for networks, is_node in ((node.pod_cidrs, False), (addresses, True))
+        for network in networks
+    }
+    return Way(peer, lanes, routes, prefixes)
+
+
+def _narrower(place: Place, path: int) -> int:
+    """Return the MTU inside the tunnel where the path's is known and leaves less than the tunnel's own, else 0."""
+    mtu = max(path - place.overhead, IPV6_MIN_MTU) if path else 0
+    return mtu if mtu < place.tunnel_mtu else 0
+
+
+def _called(place: Place, node: ClusterNode) -> Address | None:
+    """Return the address at which the node is called through the tunnel: its first of a family that this one has."""
+    own = {each.version for each in place.addresses}
+    return next((each for each in node.addresses if each.version in own), None)
+
+
+def _hops(place: Place, node: ClusterNode) -> dict[int, tuple[int, Address]]:
+    """Return the node's on-link addresses, each with the device, by the family of what is to be sent there.
+
+    IPv4 may go by way of an IPv6 next hop, but not the other way round.
+    """
+    hops: dict[int, tuple[int, Address]] = {}
+    for address in node.addresses:
+        for uplink in place.uplinks:
+            if any(address in network for network in uplink.networks):
+                hops.setdefault(address.version, (uplink.ifindex, address))
+    if 6 in hops:
+        hops.setdefault(4, hops[6])
+    return hops
+
+
+def _lane(place: Place, hop: tuple[int, Address] | None) -> Lane:
+    if place.routing == "vxlan":
+        return "vxlan"
+    if hop is not None:
+        return "direct"
+    return "routed" if place.routing == "direct" else "vxlan"
+
+
+def _route(place: Place, lane: Lane, hop: tuple[int, Address] | None, version: int, mtu: int) -> PeerRoute | None:
+    if lane == "direct" and hop is not None:
+        return PeerRoute(hop[0], gateway=hop[1])
+    if lane == "vxlan" and place.tunnel:
+        source = next((each for each in place.addresses if each.version == version), None)
+        return PeerRoute(place.tunnel, source=source, mtu=mtu)
+    return None

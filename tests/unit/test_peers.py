@@ -1,0 +1,145 @@
+"""The ways to other nodes: which lane, which routes, which prefixes; for thousands of nodes, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from agent.cluster import Cluster, ClusterNode
+from agent.peers import Peers, Place, Way, Ways
+from agent.state import Address, Lanes, Network, PeerRoute, Routing, Sources, Uplink
+
+UPLINK, TUNNEL = 2, 9
+NEAR, NEAR6 = ip_address("192.0.2.7"), ip_address("2001:db8::7")
+FAR, FAR6 = ip_address("203.0.113.7"), ip_address("2001:db8:3::7")
+OWN = (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
+CIDRS = V4, V6 = ip_network("10.244.7.0/24"), ip_network("fd00:7::/64")
+LINKS = frozenset({ip_network("192.0.2.0/24"), ip_network("2001:db8::/64")})
+
+
+def place(routing: Routing = "auto", links: frozenset[Network] = LINKS, own: tuple[Address, ...] = OWN) -> Place:
+    """Return this end: one uplink, and a tunnel unless there is no use for one."""
+    tunnel = 0 if routing == "direct" else TUNNEL
+    return Place(routing, (Uplink(UPLINK, Sources(), links),), own, tunnel, tunnel_mtu=1450, overhead=50)
+
+
+def node(*addresses: Address, cidrs: Sequence[Network] = CIDRS, name: str = "other") -> ClusterNode:
+    """Return a node."""
+    return ClusterNode(name, addresses, tuple(cidrs))
+
+
+def find(where: Place, *nodes: ClusterNode) -> Peers:
+    """Return the ways."""
+    return Ways().find(where, Cluster(None, nodes, {}, True))
+
+
+def way(where: Place, *addresses: Address) -> Way:
+    """Return the way to a node with these addresses."""
+    return find(where, node(*addresses)).ways["other"]
+
+
+@pytest.mark.parametrize("routing", ["auto", "direct"])
+def test_on_link(routing: Routing) -> None:
+    """A node on the link is the next hop to its pods, by its address of their family."""
+    found = way(place(routing), NEAR, NEAR6)
+    assert found.lanes == {4: "direct", 6: "direct"}
+    assert found.routes == {V4: PeerRoute(UPLINK, NEAR), V6: PeerRoute(UPLINK, NEAR6)}
+    pods = Lanes(native=True, peer=NEAR)
+    assert found.prefixes == {
+        **dict.fromkeys(CIDRS, pods),
+        **dict.fromkeys(map(ip_network, (NEAR, NEAR6)), replace(pods, node=True)),
+    }
+
+
+def test_behind_a_router() -> None:
+    """A node behind a router, and all that is its own, is reached by the tunnel, from the address that it knows."""
+    found = way(place(), FAR, FAR6)
+    assert found.lanes == {4: "vxlan", 6: "vxlan"}
+    assert found.routes == {V4: PeerRoute(TUNNEL, source=OWN[0]), V6: PeerRoute(TUNNEL, source=OWN[1])}
+    pods = Lanes(native=True, peer=FAR, tunnel=TUNNEL)
+    assert found.prefixes == {
+        **dict.fromkeys(CIDRS, pods),
+        **dict.fromkeys(map(ip_network, (FAR, FAR6)), replace(pods, node=True)),
+    }
+
+
+def test_vxlan_for_all() -> None:
+    """With `vxlan`, nodes on the link are reached by the tunnel as well."""
+    assert way(place("vxlan"), NEAR, NEAR6).routes.keys() == {V4, V6}
+    assert set(way(place("vxlan"), NEAR, NEAR6).lanes.values()) == {"vxlan"}
+
+
+def test_direct_behind_a_router() -> None:
+    """With `direct`, routers have to know the way to pods behind them; these are not masqueraded all the same."""
+    found = way(place("direct"), FAR, FAR6)
+    assert (found.lanes, found.routes) == ({4: "routed", 6: "routed"}, {})
+    assert {(lanes.native, lanes.tunnel) for lanes in found.prefixes.values()} == {(True, 0)}
+
+
+def test_families_apart() -> None:
+    """IPv4 goes by an IPv6 next hop where there is no other; IPv6 does not go by one of IPv4, but by the tunnel."""
+    by_ipv6 = way(place(own=OWN[1:]), NEAR6)
+    assert by_ipv6.routes == {V4: PeerRoute(UPLINK, NEAR6), V6: PeerRoute(UPLINK, NEAR6)}
+    by_ipv4 = way(place(own=OWN[:1]), NEAR)
+    assert by_ipv4.routes == {V4: PeerRoute(UPLINK, NEAR), V6: PeerRoute(TUNNEL)}
+    assert by_ipv4.lanes == {4: "direct", 6: "vxlan"}
+
+
+def test_called_by_a_common_family() -> None:
+    """A node is called by its first address of a family that this one has, too; if there is none, not at all."""
+    assert way(place(own=OWN[1:]), FAR, FAR6).peer == FAR6
+    strange = way(place(own=OWN[:1]), FAR6)
+    assert strange.peer is None
+    assert {lanes.tunnel for lanes in strange.prefixes.values()} == {0}
+
+
+def test_no_tunnel_yet() -> None:
+    """As long as the tunnel's device is not there, nothing leads to it."""
+    found = way(replace(place(), tunnel=0), FAR, FAR6)
+    assert found.routes == {}
+    assert {lanes.tunnel for lanes in found.prefixes.values()} == {0}
+
+
+def test_path_mtu() -> None:
+    """Where the path to a node takes less than others, so do the routes to it; where it takes more, nothing changes."""
+    ways, cluster = Ways(), Cluster(None, (node(FAR), node(NEAR, name="near", cidrs=())), {}, True)
+    assert ways.find(place(), cluster).routes[V4].mtu == 0
+    narrow = ways.find(place(), cluster, {FAR: 1400})
+    assert narrow.routes[V4] == PeerRoute(TUNNEL, source=OWN[0], mtu=1350)
+    assert narrow.prefixes[V4].mtu == 1350
+    assert ways.find(place(), cluster, {FAR: 1000}).routes[V4].mtu == 1280
+    assert ways.find(place(), cluster, {FAR: 9000}).routes[V4].mtu == 0
+    assert ways.find(place(), cluster, {NEAR: 1400}).prefixes[ip_network(NEAR)].mtu == 0
+
+
+def test_prefixes_that_cover_each_other() -> None:
+    """A prefix has what longer and shorter ones say: service addresses among pods', exceptions within a pod CIDR."""
+    services, within = ip_network("10.244.0.0/16"), ip_network("10.244.7.128/25")
+    where = replace(place(), prefixes={services: Lanes(stack=True), within: Lanes(native=True, stack=True)})
+    found = find(where, node(FAR)).prefixes
+    assert found[services] == Lanes(stack=True)
+    assert found[V4] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
+    assert found[within] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
+
+
+def test_only_what_changes_is_found_anew() -> None:
+    """The same cluster has the same ways; if one node changes, the others keep theirs; a new place changes all."""
+    ways, nodes = Ways(), [node(NEAR, name=f"n{number}", cidrs=()) for number in range(3)]
+    cluster = Cluster(None, tuple(nodes), {}, True)
+    first = ways.find(place(), cluster)
+    assert ways.find(place(), cluster) is first
+    nodes[1] = node(FAR, name="n1", cidrs=())
+    second = ways.find(place(), Cluster(None, tuple(nodes), {}, True))
+    assert [second.ways[name] is first.ways[name] for name in ("n0", "n1", "n2")] == [True, False, True]
+    third = ways.find(place("vxlan"), Cluster(None, tuple(nodes), {}, True))
+    assert third.ways["n0"].lanes[4] == "vxlan"
+
+
+def test_a_node_leaves() -> None:
+    """With a node, its routes and prefixes go."""
+    ways = Ways()
+    ways.find(place(), Cluster(None, (node(FAR),), {}, True))
+    assert ways.find(place(), Cluster()) == Peers()
