@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.plan import Outside
+from agent.state import Hook, Lanes, Network, TunnelDevice
 from agent.store import Netns, Phase
 from cni.call import Attachment
 from tests.unit.memory import FOREIGN, NAMES, SECONDS, SUBNETS, World
@@ -262,3 +266,46 @@ def test_gateway_that_a_pod_gets(slow: World) -> None:
         slow.sync()
         assert len(slow.actual().gateways) == 2
         slow.loop.check(first)
+
+
+def test_what_is_in_force_is_not_compared_again(slow: World) -> None:
+    """Of other nodes there may be thousands: a pass that somebody waits for does not go through them."""
+
+    class Watched(dict[Network, Lanes]):
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Watched.compared += 1
+            return super().__eq__(other)
+
+    slow.outside = replace(slow.outside, prefixes=Watched(slow.outside.prefixes))
+    with slow.running():
+        Watched.compared = 0
+        slow.sync()
+        assert Watched.compared == 0
+        slow.outside = replace(slow.outside, prefixes=Watched({ip_network("10.0.0.0/8"): Lanes(native=True)}))
+        slow.sync()
+        assert slow.table("prefixes").objects == slow.outside.prefixes
+
+
+def test_before_the_cluster_is_known(slow: World) -> None:
+    """An agent that nobody has told of other nodes yet takes nothing of theirs away; once it is told, it does."""
+    of_peers = {"tunnel_devices", "prefixes", "tunnels", "peer_routes", "hooks"}
+    slow.table("tunnel_devices").objects["podlane.vx"] = TunnelDevice(4789, 1450)
+    left = {
+        "tunnel_devices": "podlane.vx",
+        "prefixes": FOREIGN["prefixes"][0],
+        "tunnels": FOREIGN["tunnels"][0],
+        "peer_routes": FOREIGN["peer_routes"][0],
+        "hooks": Hook("podlane.vx", "ingress"),
+    }
+    for name, key in left.items():
+        slow.table(name).objects.setdefault(key, FOREIGN[name][1])
+    for name in set(NAMES) - of_peers:
+        slow.table(name).objects[FOREIGN[name][0]] = FOREIGN[name][1]
+    slow.outside = Outside(live=False)
+    with slow.running():
+        assert {name for name in NAMES if slow.table(name).objects} - {"subnets"} == of_peers
+        slow.outside = Outside(live=True)
+        slow.sync()
+        assert {name for name in NAMES if slow.table(name).objects} == {"subnets"}

@@ -108,7 +108,8 @@ def test_settings_are_the_configuration() -> None:
         other_protocols="stack",
         stack_routes=True,
     )
-    for name in settings(masquerade).__dataclass_fields__:
+    assert settings(masquerade, 4789).tunnel_port == 4789
+    for name in settings(masquerade).__dataclass_fields__.keys() - {"tunnel_port"}:
         assert getattr(settings(masquerade), name) == getattr(masquerade, name)
 
 
