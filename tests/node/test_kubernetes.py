@@ -182,7 +182,7 @@ def test_a_pod_cidr_that_an_older_node_has(node: Node) -> None:
 
 
 def test_memory_does_not_grow_with_what_is_not_used(node: Node) -> None:
-    """1,000 Nodes of 25 kB each, listed, watched and remembered, take a tenth of that in the agent."""
+    """1,000 Nodes of 25 kB each, listed, watched and remembered, take a quarter of that in the agent at most."""
     node.register(V4, V6)
     node.start_agent()
     node.make_pod("before")
@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_what_is_not_used(node: Node) -> None:
     node.api.objects.put(last)
     node.wait_for(lambda: not node.api.objects.get("n")["spec"]["taints"], "the agent to read all of it")
     node.make_pod("after")
-    assert peak_kb(node) - alone < size_kb / 10 + PAGE_KB
+    assert peak_kb(node) - alone < size_kb / 4 + PAGE_KB
 
 
 def peak_kb(node: Node) -> int:
