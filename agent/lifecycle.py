@@ -156,6 +156,7 @@ def _start(
     node = Node(store=store, wiring=wiring, loop=loop, mtu=surroundings.pod_mtu, readiness=readiness)
     _reserve_ports(config, journal)
     _collect_flows(config, datapath, surroundings, metrics, cleanup)
+    metrics.watch_cluster(lambda: surroundings.peers, lambda: len(membership.cluster.refused))
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, lambda: len(store.pods()))
     _delete_strays(store, metrics)
     with _timed("attach", metrics):

@@ -188,8 +188,8 @@ class Loop:
         if pod.limits.egress_rate and not any(each.shaper for each in desired.endpoints.values()):
             raise KernelError(f"device {shaper_of(pod.device)} is missing: what the pod sends is not limited")
         for name in _NAMES:
-            lacking = diff(getattr(desired, name), getattr(known, name)).upsert
-            for key in lacking:
+            needed = getattr(desired, name)
+            for key in diff(needed, getattr(known, name)).upsert if needed else ():
                 raise KernelError(self._failures.get(f"{name} {key}") or f"{name} {key} is not in force")
 
     def _run(self) -> None:

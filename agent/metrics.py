@@ -6,7 +6,10 @@ import platform
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import product
 from socketserver import TCPServer, ThreadingMixIn
+from typing import get_args
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -28,6 +31,7 @@ from agent.datapath.tables import Masqueraded
 from agent.expiry import PROTOCOLS
 from agent.gc import Reason
 from agent.node import Readiness
+from agent.peers import FAMILIES, Lane, Peers
 from agent.ranges import Range
 from agent.state import KernelError, Uplink
 from agent.store import StoreError
@@ -42,11 +46,14 @@ _REPAIR_KINDS = (
     "hooks",
     "neighbours",
     "node_addresses",
+    "peer_routes",
     "prefixes",
     "queues",
     "routes",
     "settings",
     "subnets",
+    "tunnel_devices",
+    "tunnels",
     "uplinks",
 )
 
@@ -85,6 +92,14 @@ class Metrics:
             registry=self.registry,
         )
         self._ready = Gauge("podlane_ready", "1 if ADD can be served.", registry=self.registry)
+        self._peers = Gauge(
+            "podlane_cluster_peers", "Other nodes, by the lane that leads to their pods.", ["lane", "family"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._refused = Gauge(
+            "podlane_cluster_nodes_refused", "Nodes, this one among them, whose pod CIDRs an older node has.",
+            registry=self.registry,
+        )  # fmt: skip
         build = Gauge(
             "podlane_build_info", "Always 1; the labels say what runs.", ["version", "python", "kernel"],
             registry=self.registry,
@@ -117,6 +132,13 @@ class Metrics:
         """Read at every scrape whether ADD can be served, as the probe does."""
         self._ready.set_function(lambda: not readiness.reason)
 
+    def watch_cluster(self, peers: Callable[[], Peers], refused: Callable[[], int]) -> None:
+        """Read at every scrape how many other nodes are reached in which way, and how many nodes are refused."""
+        for lane, family in product(get_args(Lane), FAMILIES):
+            count = partial(_count, peers, (lane, family))
+            self._peers.labels(lane, f"ipv{family}").set_function(count)
+        self._refused.set_function(refused)
+
     def watch(self, outcomes: Outcomes, usage: Callable[[], list[tuple[Range, int]]], pods: Callable[[], int]) -> None:
         """Read these at every scrape, rather than keep copies of them."""
         self.registry.register(_Scraped(outcomes, usage, pods))
@@ -139,6 +161,10 @@ class Metrics:
             ("podlane_cluster_followed", "1 if changes of the cluster arrive.", is_followed),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
+
+
+def _count(peers: Callable[[], Peers], key: tuple[Lane, int]) -> int:
+    return peers().counts.get(key, 0)
 
 
 class _Scraped(Collector):

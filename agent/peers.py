@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
@@ -53,6 +54,8 @@ class Peers:
     ways: Mapping[str, Way] = field(default_factory=dict)
     routes: dict[Network, PeerRoute] = field(default_factory=dict)
     prefixes: dict[Network, Lanes] = field(default_factory=dict)
+    counts: Mapping[tuple[Lane, int], int] = field(default_factory=dict)
+    """How many nodes are reached by which lane, by lane and family."""
 
 
 class Ways:
@@ -92,10 +95,12 @@ class Ways:
 def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
     routes: dict[Network, PeerRoute] = {}
     prefixes: dict[Network, Lanes] = {}
+    counts: Counter[tuple[Lane, int]] = Counter()
     for way in ways.values():
         routes.update(way.routes)
         prefixes.update(way.prefixes)
-    return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes})
+        counts.update((lane, family) for family, lane in way.lanes.items())
+    return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts)
 
 
 def _within(inner: Mapping[Network, Lanes], outer: Mapping[Network, Lanes]) -> dict[Network, Lanes]:

@@ -11,7 +11,7 @@ from agent import masquerade, netlink
 from agent.cluster import Cluster, ClusterNode
 from agent.config import IPV6_MIN_MTU, Config
 from agent.ipmasq import Rules, RulesFile
-from agent.peers import Place, Ways
+from agent.peers import Peers, Place, Ways
 from agent.plan import Outside, Tunnel
 from agent.state import Address, Lanes, Network, TunnelDevice, TunnelEnd, Uplink
 from agent.wiring import HOST_MAC
@@ -47,6 +47,7 @@ class Surroundings:
         port = 0 if config.routing == "direct" else config.tunnel.port
         self._settings = masquerade.settings(config.masquerade, port)
         self._ways = Ways()
+        self._peers = Peers()
         self._overhead = 0
         self._seen: _Seen | None = None
         self._known = Outside()
@@ -69,7 +70,7 @@ class Surroundings:
             overhead=self._overhead,
             prefixes=self._current_prefixes(ranges),
         )
-        peers = self._ways.find(place, cluster, seen.paths)
+        self._peers = peers = self._ways.find(place, cluster, seen.paths)
         now = Outside(
             uplinks=seen.uplinks,
             node_addresses=seen.node_addresses,
@@ -87,6 +88,11 @@ class Surroundings:
     def known(self) -> Outside:
         """What `outside` last returned; empty before."""
         return self._known
+
+    @property
+    def peers(self) -> Peers:
+        """The ways to other nodes, as they were when `outside` was last called."""
+        return self._peers
 
     def pod_mtu(self) -> int:
         """Return the MTU, in bytes, of pods that are made now. Raises KernelError."""

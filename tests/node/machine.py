@@ -191,9 +191,9 @@ class Machine:
         if wait:
             self.wait_ready()
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until /readyz says yes."""
-        self.wait_for(lambda: self.get("/readyz")[0] == 200, "the agent to be ready")
+        self.wait_for(lambda: self.get("/readyz")[0] == 200, "the agent to be ready", seconds)
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
         """Poll until the condition holds; fail with the agent's log."""

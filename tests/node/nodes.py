@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.node.machine import Machine, Netns, TestPod, run
+from tests.node.machine import START_SECONDS, Machine, Netns, TestPod, run
 
 V4, V6 = 0, 1
 BOTH = (V4, V6)
@@ -46,7 +46,10 @@ class Entry:
 
 
 class Member(Machine):
-    """A node of the cluster, plugged into the router. `families` are those of its own addresses (of pods: both)."""
+    """A node of the cluster, plugged into the router. `families` are those of its own addresses (of pods: both).
+
+    The second one is as older and stricter nodes are: it has no tcx, and filters by reverse path.
+    """
 
     def __init__(
         self, directory: Path, stack: ExitStack, router: Netns, number: int, families: Sequence[int], **config: object
@@ -56,7 +59,8 @@ class Member(Machine):
         self.families = families
         self.pod_cidrs: tuple[str, ...] = (f"10.244.{number + 1}.0/24", f"fd00:10:244:{number + 1}::/64")
         self._router = router
-        self._config = config
+        self._is_strict = number == SECOND
+        self._config = {"hooks": "clsact", **config} if self._is_strict else config
         self._last = 11 + number
         self._boots = 0
         super().__init__(directory, stack)
@@ -133,6 +137,8 @@ class Member(Machine):
         self.agent_command = ("unshare", "--mount", "sh", "-c", mount, "sh", *self.agent_command[-3:])
 
     def _plug(self) -> None:
+        if self._is_strict:
+            self.netns.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=1")
         link = ["ip", "-n", self._router.name, "link", "add", self.name, "type", "veth"]
         run(*link, "peer", "name", "uplink", "address", f"02:00:00:00:00:{self._last}", "netns", self.netns.name)
         if self.link == "lan":
@@ -180,7 +186,7 @@ class Nodes:
         for member in self.members:
             member.start_agent(wait=False)
         for member in self.members:
-            member.wait_ready()
+            member.wait_ready(START_SECONDS * len(self.members))
 
     def tell(self, entries: Sequence[Entry] | None = None) -> None:
         """Tell every agent of these nodes, by default all there are."""

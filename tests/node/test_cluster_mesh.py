@@ -73,6 +73,22 @@ def test_world_to_pod(it: Mesh) -> None:
         it.check((it.world, pod, it.world) for pod in it.pods)
 
 
+@pytest.mark.parametrize("family", BOTH)
+def test_lanes(it: Mesh, kind: str, family: int) -> None:
+    """Packets take the lane of the configuration; with `auto`, the tunnel only where a router is between the nodes."""
+    for here, one in enumerate(it.pods):
+        for there, other in enumerate(it.pods):
+            if here == there:
+                continue
+            is_tunnel = kind == "vxlan" or (kind != "direct" and FAR in (here, there))
+            before = it.nodes.members[here].packets()
+            assert pings(one.netns, other.addresses[family], count=5)
+            after = it.nodes.members[here].packets()
+            used = {name: after[name] - before[name] for name in ("fwd_uplink", "fwd_tunnel")}
+            assert (used["fwd_tunnel"] >= 5) == is_tunnel, f"{one.name} → {other.name}: {used}"
+            assert (used["fwd_uplink"] >= 5) != is_tunnel, f"{one.name} → {other.name}: {used}"
+
+
 def mtu_of(party: Party, device: str = "eth0") -> int:
     """Return the MTU of a device in bytes."""
     return int(json.loads(party.netns.run("ip", "-json", "link", "show", device).stdout)[0]["mtu"])
@@ -129,12 +145,22 @@ def test_narrow_link(it: Mesh, family: int) -> None:
 @contextmanager
 def narrowed(it: Mesh) -> Iterator[None]:
     """Have the link of the far node take less for the duration, and let everybody forget that it did."""
+    first, far = it.pods[FIRST], it.pods[FAR]
+
+    def is_forgotten() -> bool:
+        for party in (*it.pods, *it.hosts):
+            forget_mtu(party.netns)
+        return all(
+            pings(one.netns, other.addresses[family], "-M", "do", "-s", str(mtu_of(one) - HEADERS[family]), count=1)
+            for one, other in ((first, far), (far, first))
+            for family in BOTH
+        )
+
     try:
         with it.nodes.members[FAR].narrowed(NARROW):
             yield
     finally:
-        for party in (*it.pods, *it.hosts):
-            forget_mtu(party.netns)
+        it.nodes.members[FIRST].wait_for(is_forgotten, "the narrow link to be forgotten")
 
 
 @pytest.mark.parametrize("family", BOTH)
@@ -154,7 +180,7 @@ def test_pod_too_large(it: Mesh, kind: str, family: int) -> None:
 
 def assert_moved(one: Party, other: Party, family: int) -> None:
     """Assert that a megabyte arrives as it was sent."""
-    sent, received, _ = transfer(one.netns, other.netns, other.addresses[family], 1 << 20, seconds=10)
+    sent, received, _ = transfer(one.netns, other.netns, other.addresses[family], 1 << 20, seconds=20)
     assert received == sent, f"{one.name} → {other.name}"
 
 

@@ -75,7 +75,7 @@ def stop_for_another_layout(node: Machine) -> None:
     upgrade(node, "maps.h", "    __u8 via_stack;", "    __u64 news;\n    __u8 via_stack;")
 
 
-PROGRAMS = {"from_pod", "to_pod", "from_uplink", "to_uplink"}
+PROGRAMS = {"from_pod", "to_pod", "from_uplink", "to_uplink", "from_tunnel", "to_tunnel"}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ SIZES = {"10.9.0.0/28": 14, "fd09::/120": 255}
 # Every metric: its type and its labels. A dashboard relies on each of them.
 CATALOGUE = {
     "podlane_build_info": ("gauge", {"version", "python", "kernel"}),
+    "podlane_cluster_nodes_refused": ("gauge", set()),
+    "podlane_cluster_peers": ("gauge", {"lane", "family"}),
     "podlane_cni_operation_duration_seconds": ("histogram", {"command"}),
     "podlane_cni_operations": ("counter", {"command", "result"}),
     "podlane_datapath_bytes": ("counter", {"outcome"}),

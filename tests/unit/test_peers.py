@@ -138,6 +138,12 @@ def test_only_what_changes_is_found_anew() -> None:
     assert third.ways["n0"].lanes[4] == "vxlan"
 
 
+def test_counted() -> None:
+    """Nodes are counted by lane and family."""
+    found = find(place(), node(NEAR, NEAR6), node(FAR, FAR6, name="far"), node(NEAR, name="old", cidrs=()))
+    assert found.counts == {("direct", 4): 2, ("direct", 6): 1, ("vxlan", 4): 1, ("vxlan", 6): 2}
+
+
 def test_a_node_leaves() -> None:
     """With a node, its routes and prefixes go."""
     ways = Ways()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.plan import Inside, Outside, link_local, plan, routed_subnets
+from agent.plan import Inside, Outside, Tunnel, link_local, plan, routed_subnets
 from agent.state import (
     Attached,
     Endpoint,
@@ -18,9 +19,12 @@ from agent.state import (
     Lanes,
     Neighbour,
     Network,
+    PeerRoute,
     Settings,
     Sources,
     State,
+    TunnelDevice,
+    TunnelEnd,
     Uplink,
 )
 from agent.store import Netns, Phase, Pod, Subnet
@@ -170,6 +174,30 @@ def test_outside() -> None:
         hooks={Hook("eth0", "ingress"): Attached(2, "from_uplink"), Hook("eth0", "egress"): Attached(2, "to_uplink")},
         uplinks={2: sources},
     )
+
+
+TUNNEL = Tunnel("podlane.vx", TunnelDevice(4789, 1450, frozenset([V4])), TunnelEnd(112, 1450, "02:00:00:00:00:01"))
+
+
+def test_tunnel_before_its_device() -> None:
+    """Of a tunnel whose device is not there yet, that is all that can be asked for."""
+    assert plan([], {}, outside=Outside(tunnel=TUNNEL)) == State(tunnel_devices={TUNNEL.name: TUNNEL.device})
+
+
+def test_tunnel() -> None:
+    """A tunnel has two programs and what they must know; routes to other nodes are as they are given, not copied."""
+    routes: dict[Network, PeerRoute] = {ip_network("10.1.0.0/24"): PeerRoute(9)}
+    desired = plan([], {}, outside=Outside(tunnel=replace(TUNNEL, ifindex=9), peer_routes=routes))
+    assert desired == State(
+        tunnel_devices={TUNNEL.name: TUNNEL.device},
+        hooks={
+            Hook(TUNNEL.name, "ingress"): Attached(9, "from_tunnel"),
+            Hook(TUNNEL.name, "egress"): Attached(9, "to_tunnel"),
+        },
+        tunnels={9: TUNNEL.end},
+        peer_routes=routes,
+    )
+    assert desired.peer_routes is routes
 
 
 def subnet(network: str, gateway: str = "") -> Subnet:
