@@ -59,7 +59,7 @@ class Following:
             startup_taint=settings.startup_taint,
         )
         self._source = source
-        metrics.watch_cluster(lambda: self.membership.cluster, lambda: not source.trouble)
+        metrics.watch_source(lambda: self.membership.cluster, lambda: not source.trouble)
         for each in (self._remembered, herald, source):
             cleanup.callback(each.stop)
             each.start()

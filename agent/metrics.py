@@ -149,7 +149,7 @@ class Metrics:
         """Likewise; of flows, what the last scan left."""
         self.registry.register(_Masquerade(flows, masqueraded, uplinks))
 
-    def watch_cluster(self, cluster: Callable[[], Cluster], is_followed: Callable[[], bool]) -> None:
+    def watch_source(self, cluster: Callable[[], Cluster], is_followed: Callable[[], bool]) -> None:
         """Likewise, of the cluster as it is known, and whether it is followed at present."""
         for name, text, read in (
             ("podlane_cluster_nodes", "Other nodes that are known.", lambda: len(cluster().peers)),
