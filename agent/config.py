@@ -27,6 +27,7 @@ from cni.document import explain
 
 IPV6_MIN_MTU = 1280  # bytes
 _V4_MAPPED = IPv6Network("::ffff:0:0/96")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where it is: ten times as fast, for many nodes
 
 
 class ConfigError(Exception):
@@ -320,7 +321,7 @@ def _is_within(network: Network, other: Network) -> bool:
 def load(path: Path) -> Config:
     """Read and validate a configuration file. Raises ConfigError."""
     try:
-        raw: Any = yaml.safe_load(path.read_text())
+        raw: Any = yaml.load(path.read_text(), Loader=_LOADER)  # noqa: S506 - both are safe
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:

@@ -61,7 +61,7 @@ def run(config: Config, version: str, stop: threading.Event, config_path: Path |
     The file that the configuration comes from, if any, is read again for its list of nodes. Raises ConfigError, before
     anything is touched, and StartError.
     """
-    surroundings = Surroundings(config)
+    surroundings = Surroundings(config, HOST_MAC)
     metrics, readiness = Metrics(version), Readiness()
     metrics.watch_readiness(readiness)
     with ExitStack() as cleanup:

@@ -38,7 +38,8 @@ class Membership:
 
 
 def _tell(before: Cluster, now: Cluster) -> None:
-    log.info("cluster nodes=%d live=%s", len(now.peers) + bool(now.own), str(now.live).lower())
+    nodes = len(now.peers) + bool(now.own)
+    log.log(logging.DEBUG if now.live and before.live else logging.INFO, "cluster nodes=%d live=%s", nodes, now.live)
     for name in sorted(now.refused):
         if now.refused[name] != before.refused.get(name):
             log.error("pods of a node are not served: %s node=%s", now.refused[name], name)

@@ -14,7 +14,6 @@ from agent.ipmasq import Rules, RulesFile
 from agent.peers import Peers, Place, Ways
 from agent.plan import Outside, Tunnel
 from agent.state import Address, Lanes, Network, TunnelDevice, TunnelEnd, Uplink
-from agent.wiring import HOST_MAC
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +35,17 @@ class _Seen:
 class Surroundings:
     """Looks around anew with every call of `outside`, unless told not to."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tunnel_mac: str) -> None:
         """Read the file of ip-masq-agent's, if the configuration names one. Raises ConfigError."""
         self._config = config
+        self._tunnel_mac = tunnel_mac
         path = config.masquerade.config_file
         self._file = RulesFile(path) if path else None
         self._rules = masquerade.inline_rules(config.masquerade)
         self._prefixes: dict[Network, Lanes] = {}
         self._prefixes_of: tuple[Rules, tuple[Network, ...]] | None = None
-        port = 0 if config.routing == "direct" else config.tunnel.port
-        self._settings = masquerade.settings(config.masquerade, port)
+        self._settings = masquerade.settings(config.masquerade)
+        self._settings_with_tunnel = masquerade.settings(config.masquerade, config.tunnel.port)
         self._ways = Ways()
         self._peers = Peers()
         self._overhead = 0
@@ -75,7 +75,7 @@ class Surroundings:
             uplinks=seen.uplinks,
             node_addresses=seen.node_addresses,
             prefixes=peers.prefixes,
-            settings=self._settings,
+            settings=self._settings_with_tunnel if self._overhead else self._settings,
             tunnel=tunnel,
             peer_routes=peers.routes,
             live=cluster.live,
@@ -125,7 +125,7 @@ class Surroundings:
         return Tunnel(
             netlink.TUNNEL,
             TunnelDevice(self._config.tunnel.port, mtu, frozenset(each for each in (ipv4, ipv6) if each)),
-            TunnelEnd(self._config.tunnel.vni, mtu, HOST_MAC, ipv4, ipv6),
+            TunnelEnd(self._config.tunnel.vni, mtu, self._tunnel_mac, ipv4, ipv6),
             netlink.tunnel_index(),
         )
 

@@ -247,6 +247,32 @@ def test_agents_restart(it: Wired) -> None:
     assert [member.repairs() for member in it.nodes.members] == [{}] * 3
 
 
+def test_tunnel_port_is_taken(it: Wired) -> None:
+    """Where another tunnel has the port, the log says so; the node serves pods all the same, and heals by itself."""
+    far = it.nodes.members[FAR]
+    with it.undisturbed(FIRST, SECOND):
+        far.kill_agent()
+        far.netns.run("ip", "link", "delete", "podlane.vx")
+        with other_tunnel(far):
+            far.start_agent()
+            assert "UDP port 4789 is in use" in far.log_tail()
+            far.delete_pod(it.pods[FAR])
+            it.pods[FAR] = far.make_pod(far.name)
+            it.wait_apart(FAR)
+        it.wait_talk()
+
+
+@contextmanager
+def other_tunnel(node: Member) -> Iterator[None]:
+    """Have a VXLAN device of somebody else's on a node for the duration, by the usual port."""
+    kind = ("type", "vxlan", "id", "5", "dstport", "4789", "local", node.addresses[0])
+    node.netns.run("ip", "link", "add", "other", "up", *kind)
+    try:
+        yield
+    finally:
+        node.netns.run("ip", "link", "delete", "other")
+
+
 def test_unusable_configuration(it: Wired) -> None:
     """A configuration that is broken or gone changes nothing: what was told last holds, and the log says why."""
     member, before = it.nodes.members[FIRST], it.ways()

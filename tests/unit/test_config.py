@@ -24,6 +24,15 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "agent.yaml"
 
 
+def test_name_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node is called what its environment says, else as its host."""
+    monkeypatch.delenv("NODE_NAME", raising=False)
+    assert Config().node_name == socket.gethostname()
+    monkeypatch.setenv("NODE_NAME", "worker-1")
+    assert Config().node_name == "worker-1"
+    assert Config(node_name="worker-2").node_name == "worker-2"
+
+
 @pytest.mark.parametrize("text", ["", "---\n", "# a comment\n", "{}", "null"])
 def test_every_default_applies(file: Path, text: str) -> None:
     """A file that says nothing is a valid configuration, the same as none at all."""
@@ -87,6 +96,11 @@ def test_everything_can_be_set(file: Path) -> None:
         ("mtuu: 1", "mtuu: Extra inputs are not permitted (given: 1)"),
         ("paths: {sokcet: /x}", "paths.sokcet: Extra inputs are not permitted (given: '/x')"),
         ("ranges: [{subnet: 10.0.0.0/8, lats: 10.0.0.1}]", "ranges.0.lats: Extra inputs are not permitted"),
+        ("routing: bgp", "routing: Input should be 'auto', 'direct' or 'vxlan' (given: 'bgp')"),
+        ("tunnel: {port: 0}", "tunnel.port: Input should be greater than or equal to 1 (given: 0)"),
+        ("tunnel: {vni: 16777216}", "tunnel.vni: Input should be less than 16777216 (given: 16777216)"),
+        ("tunnel: {vnii: 1}", "tunnel.vnii: Extra inputs are not permitted"),
+        ("node_name: ''", "node_name: String should have at least 1 character (given: '')"),
         ("ranges: []", "ranges: give at least one subnet (given: [])"),
         ("ranges: [{}]", "ranges.0.subnet: Field required (given: {})"),
         ("ranges: 10.0.0.0/24", "ranges: Input should be a valid list (given: '10.0.0.0/24')"),

@@ -196,3 +196,8 @@ def test_any_reserved_ports(spans: list[tuple[int, int]]) -> None:
     listed = [(int(low), int(high or low)) for low, _, high in (span.partition("-") for span in text.split(","))]
     reserved = {port for low, high in listed for port in range(low, high + 1)}
     assert reserved == {port for low, high in spans for port in range(low, high + 1)}
+
+
+def test_room_for_a_large_cluster() -> None:
+    """The prefixes of 5,000 nodes, with a pod CIDR and an address of each family, leave room for others."""
+    assert map_sizes(Masquerade(), 1 << 30)["prefixes"] >= 2 * 5000 * 4
