@@ -237,3 +237,10 @@ def test_kubernetes_takes_the_place_of_ranges(file: Path, monkeypatch: pytest.Mo
         load(file)
     monkeypatch.delenv("NODE_NAME")
     assert Config().node_name == socket.gethostname().lower()
+
+
+def test_kubernetes_takes_the_place_of_nodes(file: Path) -> None:
+    """With `kubernetes`, a list of nodes as well is refused."""
+    file.write_text("kubernetes: {}\nnodes: [{name: a, addresses: [192.0.2.1]}]")
+    with pytest.raises(ConfigError, match="kubernetes takes the place of nodes"):
+        load(file)
