@@ -250,6 +250,8 @@ int to_tunnel(struct __sk_buff *skb)
         skb->mark = 0;
     if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
         return drop(skb, OUTCOME(drop_no_peer));
+    if (is_multicast(&packet)) /* news of the kernel's own on every new device; nobody is there to hear it */
+        return punt(skb, OUTCOME(punt_multicast));
     struct tunnel *tunnel = tunnels.lookup(&ifindex);
     struct lanes *lanes = find_lanes(&packet.destination);
     if (!tunnel || !lanes || is_nobody(&lanes->peer))

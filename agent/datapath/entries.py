@@ -209,7 +209,8 @@ class SettingsTable(MapTable[int, Settings]):
 
     def _value(self, raw: Value) -> Settings:
         other = self._names.get(raw["other_protocols"], f"unknown:{raw['other_protocols']}")
-        return Settings(**{**raw, "other_protocols": other, "stack_routes": bool(raw["stack_routes"])})
+        known = {name: number for name, number in raw.items() if name != "reserved"}
+        return Settings(**{**known, "other_protocols": other, "stack_routes": bool(raw["stack_routes"])})
 
     def _raw_key(self, key: int) -> Value:
         return key
