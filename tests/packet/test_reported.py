@@ -23,7 +23,7 @@ from .cases import BELOW, BY_FAMILY, IN_RANGE
 from .harness import A, B, Pod
 from .nat_duel import CAPACITY, NOTES, Duel
 from .nat_frames import Body, frame, source_port
-from .nat_talk import FAMILIES, PORTS, How, Talk, mac, message_of
+from .nat_talk import FAMILIES, How, Talk, mac, message_of
 from .nat_words import UDP, Message
 from .world import (
     FAST,
@@ -185,7 +185,7 @@ def test_short_connections(duel: Duel) -> None:
             duel.remote_answers(talk, port, How("FA"))
         else:
             duel.remote_answers(talk, port, How("RA"))
-        if number % len(PORTS) == len(PORTS) - 1:
+        if number % 5 == 4:  # with one of six ports left, 32 random tries miss it in one of 340 cases
             duel.time_passes(1)
             duel.collector_scans()
             assert duel.model.flows == {}
