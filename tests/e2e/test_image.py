@@ -89,6 +89,7 @@ class Node:
         places |= {
             "bpf": self.machine.bpffs.parent,
             "sysctls": Path("/proc/sys/net"),
+            "cgroup": Path("/sys/fs/cgroup"),
             "netns": self.runtime.netns_dir,
         }
         return DaemonPod(self.runtime, daemonset, places)
