@@ -17,8 +17,9 @@ from typing import NoReturn
 from agent.config import Config, ConfigError, load
 from agent.import_host_local import ImportRefused, import_directory
 from agent.install import InstallError, install_launcher
-from agent.lifecycle import StartError, Stop, open_store, run
+from agent.lifecycle import Stop, run
 from agent.logs import set_up
+from agent.statedir import StartError, open_store
 from agent.store import StoreError
 from agent.uninstall import UninstallFailed, UninstallRefused, uninstall
 

@@ -5,8 +5,20 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
 
 from agent.state import Address, Network
+
+NOBODYS: tuple[Network, ...] = tuple(
+    map(
+        ip_network,
+        (
+            *("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32"),
+            *("::/127", "::ffff:0.0.0.0/96", "fe80::/10", "ff00::/8"),
+        ),
+    )
+)
+"""What is neither a pod's nor a node's (RFC 6890). The v4-mapped would pass for IPv4, which in maps has that form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +40,9 @@ class Cluster:
     own: ClusterNode | None = None
     """The node itself; None as long as nobody has told of it."""
     peers: tuple[ClusterNode, ...] = ()
-    """The others, without the pod CIDRs that they were refused."""
+    """The others, without the pod CIDRs and addresses that they were refused."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Which nodes lost pod CIDRs, and why, by name; the node itself may be among them."""
+    """Which nodes lost pod CIDRs or addresses, and why, by name; the node itself may be among them."""
     live: bool = False
     """Whether a source has reported since the agent started. If not, this is what an earlier agent knew, or nothing:
     no reason to take anything away."""
@@ -40,21 +52,19 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
     """Return the cluster of these nodes, as the one called `own_name` sees it.
 
     Every node comes to the same verdict about overlapping pod CIDRs: the older node keeps its own, by name if both are
-    of the same age; the other one is refused that prefix.
+    of the same age; the other one is refused that prefix. A node is refused an address, too, that is another one's
+    pods', whoever is older: a node says itself which addresses it has, but not which pod CIDRs.
     """
-    own, peers, refused = None, [], {}
-    claims = _Claims()
-    for node in sorted(nodes, key=lambda each: (each.created, each.name)):
-        kept, reasons = [], []
-        for cidr in node.pod_cidrs:
-            holder = claims.claim(cidr, node.name)
-            if holder is None:
-                kept.append(cidr)
-            else:
-                reasons.append(f"pod CIDR {cidr} overlaps with {holder[0]} of node {holder[1]}, which is older")
-        if reasons:
-            refused[node.name] = "; ".join(reasons)
-        settled = node if len(kept) == len(node.pod_cidrs) else replace(node, pod_cidrs=tuple(kept))
+    own, peers, refused, claims = None, [], {}, _Claims()
+    by_age = sorted(nodes, key=lambda each: (each.created, each.name))
+    claimed = [_claim(claims, node) for node in by_age]
+    for node, (kept, reasons) in zip(by_age, claimed, strict=True):
+        misplaced = _misplaced(claims, node)
+        settled = node
+        if reasons or misplaced:
+            refused[node.name] = "; ".join((*reasons, *misplaced.values()))
+            addresses = tuple(each for each in node.addresses if each not in misplaced)
+            settled = replace(node, addresses=addresses, pod_cidrs=kept)
         if node.name == own_name:
             own = settled
         else:
@@ -62,12 +72,47 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
     return Cluster(own, tuple(peers), refused, live)
 
 
+def _claim(claims: _Claims, node: ClusterNode) -> tuple[tuple[Network, ...], list[str]]:
+    """Claim the node's pod CIDRs; return those that it gets, and why it does not get the others."""
+    kept, reasons = [], []
+    for cidr in node.pod_cidrs:
+        holder = claims.claim(cidr, node.name)
+        if holder is None:
+            kept.append(cidr)
+        else:
+            whose = f" of node {holder[1]}, which is older" if holder[1] else ", which is no node's"
+            reasons.append(f"pod CIDR {cidr} overlaps with {holder[0]}{whose}")
+    return tuple(kept), reasons
+
+
+def _misplaced(claims: _Claims, node: ClusterNode) -> dict[Address, str]:
+    """Return the node's addresses that cannot be its own, and why."""
+    found: dict[Address, str] = {}
+    for address in node.addresses:
+        holder = claims.holder(address)
+        if holder is not None and holder[1] != node.name:
+            whose = f"a pod CIDR of node {holder[1]}" if holder[1] else "which is no node's"
+            found[address] = f"address {address} is in {holder[0]}, {whose}"
+    return found
+
+
 class _Claims:
-    """Disjoint prefixes and who has them. Bisection: with thousands of nodes, comparing all pairs takes seconds."""
+    """Disjoint prefixes and who has them, "" for those that no node may have.
+
+    Bisection: with thousands of nodes, comparing all pairs takes seconds.
+    """
 
     def __init__(self) -> None:
         self._starts: dict[int, list[int]] = {4: [], 6: []}
         self._held: dict[int, list[tuple[Network, str]]] = {4: [], 6: []}
+        for each in NOBODYS:
+            self.claim(each, "")
+
+    def holder(self, address: Address) -> tuple[Network, str] | None:
+        """Return the prefix that the address is in, with its holder."""
+        place = bisect_right(self._starts[address.version], int(address))
+        held = self._held[address.version][place - 1] if place else None
+        return held if held and int(address) <= _last(held[0]) else None
 
     def claim(self, cidr: Network, name: str) -> tuple[Network, str] | None:
         """Take the prefix; return None, or the prefix that is in the way with its holder."""

@@ -17,12 +17,10 @@ from agent.membership import Membership
 from agent.metrics import Metrics
 from agent.ranges import Range
 from agent.readiness import Readiness
-from agent.remembered import Remembered
+from agent.remembered import NAME, Remembered
 from agent.store import Store
 
 log = logging.getLogger(__name__)
-
-_FILE = "cluster.json"  # within the state directory
 
 
 class Following:
@@ -40,7 +38,7 @@ class Following:
         self._own: ClusterNode | None = None
         self.membership = Membership(config.node_name, self._follow)
         self._source: NodeSource | None = None
-        self._remembered = Remembered(config.paths.state / _FILE)
+        self._remembered = Remembered(config.paths.state / NAME)
         self._listed: ListedNodes | None = None
         readiness.refused = lambda: self.membership.cluster.refused.get(config.node_name, "")
         if config.kubernetes is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import time
@@ -32,6 +31,7 @@ from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
 from agent.spool import Spool
 from agent.state import KernelError
+from agent.statedir import StartError, boot_id, lock_state, open_store
 from agent.store import Phase, Store, StoreError
 from agent.surroundings import Surroundings
 from agent.sysctls import Sysctls
@@ -41,17 +41,11 @@ from cni.errors import CniError
 
 log = logging.getLogger(__name__)
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_PASS_SECONDS = 60.0
 _UNREADY_SECONDS = 1.0
 _REFUSALS = ("drop_masq_exhausted", "drop_masq_full")
 _AT_UPLINKS = ("from_uplink", "to_uplink", "from_tunnel", "to_tunnel")
-_LOCK = "agent.lock"  # within the state directory
 _ENDPOINTS_PER_POD = 3  # an IPv4, an IPv6 and a link-local address; one more is the self-test's
-
-
-class StartError(Exception):
-    """The agent cannot start; the message says what is wrong and, where it can, what to do."""
 
 
 @dataclass
@@ -90,38 +84,6 @@ def run(config: Config, version: str, stop: Stop, config_path: Path | None = Non
                 _install(config, readiness)
             time.sleep(min(config.resync_seconds, _UNREADY_SECONDS) if readiness.uninstalled else config.resync_seconds)
     raise SystemExit
-
-
-def open_store(config: Config) -> Store:
-    """Open the IPAM store of a configuration. Raises StoreError and OSError."""
-    return Store(
-        config.paths.state / "ipam.db",
-        config.own_ranges,
-        boot_id=boot_id(),
-        exclude=config.exclude,
-        reserved=config.reserved,
-        sticky=config.sticky,
-    )
-
-
-def boot_id() -> str:
-    """Return what tells this boot of the machine from all others."""
-    return _BOOT_ID.read_text().strip()
-
-
-def lock_state(directory: Path, cleanup: ExitStack) -> None:
-    """Keep others off the state directory until `cleanup`; the kernel unlocks it however this process ends.
-
-    Raises OSError, and StartError if another agent is at work.
-    """
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = directory / _LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    cleanup.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StartError(f"another agent is at work: it holds {path} (fuser says which)") from error
 
 
 def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup: ExitStack) -> None:

@@ -42,6 +42,6 @@ def _tell(before: Cluster, now: Cluster) -> None:
     log.log(logging.DEBUG if now.live and before.live else logging.INFO, "cluster nodes=%d live=%s", nodes, now.live)
     for name in sorted(now.refused):
         if now.refused[name] != before.refused.get(name):
-            log.error("pods of a node are not served: %s node=%s", now.refused[name], name)
+            log.error("a node is refused what it claims: %s node=%s", now.refused[name], name)
     for name in sorted(before.refused.keys() - now.refused.keys()):
-        log.info("pods of a node are served again node=%s", name)
+        log.info("a node is refused nothing any more node=%s", name)

@@ -247,9 +247,9 @@ class Node:
         source = supply.of(call)
         try:
             reason = (
-                self._unaddressed(source)
+                self._readiness.refused()
+                or self._unaddressed(source)
                 or self._readiness.uninstalled
-                or self._readiness.refused()
                 or self._store.exhausted(source.pools)
             )
         except StoreError as error:

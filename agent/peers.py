@@ -17,6 +17,9 @@ Lane = Literal["direct", "vxlan", "routed"]
 
 FAMILIES = (4, 6)
 
+WRAPPING = {4: 20 + 8 + 8 + 14, 6: 40 + 8 + 8 + 14}
+"""Bytes that VXLAN adds (RFC 7348 section 5), by the family outside: outer IP, UDP, VXLAN, inner Ethernet."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -30,8 +33,8 @@ class Place:
     """The index of the tunnel's device; 0 as long as there is none."""
     tunnel_mtu: int = 0
     """Its MTU in bytes."""
-    overhead: int = 0
-    """The bytes by which it makes packets larger."""
+    mtu: int = 0
+    """The MTU of the uplinks, in bytes."""
     prefixes: Mapping[Network, Lanes] = field(default_factory=dict)
     """Those that have lanes whoever is in the cluster."""
 
@@ -98,9 +101,15 @@ def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
     counts: Counter[tuple[Lane, int]] = Counter()
     for way in ways.values():
         routes.update(way.routes)
-        prefixes.update(way.prefixes)
+        for network, lanes in way.prefixes.items():
+            if network not in prefixes or _is_called_at(network, lanes):
+                prefixes[network] = lanes
         counts.update((lane, family) for family, lane in way.lanes.items())
     return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts)
+
+
+def _is_called_at(network: Network, lanes: Lanes) -> bool:
+    return lanes.node and network.network_address == lanes.peer
 
 
 def _within(inner: Mapping[Network, Lanes], outer: Mapping[Network, Lanes]) -> dict[Network, Lanes]:
@@ -140,7 +149,7 @@ class _Covers:
 
 def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
     peer, hops = _called(place, node), _hops(place, node)
-    mtu = _narrower(place, paths.get(peer, 0) if peer else 0)
+    mtu = _narrower(place, peer, paths) if peer else 0
     lanes = {version: _lane(place, hops.get(version)) for version in FAMILIES}
     routes = {}
     for cidr in node.pod_cidrs:
@@ -165,16 +174,19 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     return Way(peer, lanes, routes, prefixes)
 
 
-def _narrower(place: Place, path: int) -> int:
-    """Return the MTU inside the tunnel where the path's is known and leaves less than the tunnel's own, else 0."""
-    mtu = max(path - place.overhead, IPV6_MIN_MTU) if path else 0
+def _narrower(place: Place, peer: Address, paths: Mapping[Address, int]) -> int:
+    """Return the MTU inside the tunnel where the way to the peer leaves less than the tunnel's own, else 0."""
+    mtu = max(paths.get(peer, place.mtu) - WRAPPING[peer.version], IPV6_MIN_MTU)
     return mtu if mtu < place.tunnel_mtu else 0
 
 
 def _called(place: Place, node: ClusterNode) -> Address | None:
-    """Return the address at which the node is called through the tunnel: its first of a family that this one has."""
-    own = {each.version for each in place.addresses}
-    return next((each for each in node.addresses if each.version in own), None)
+    """Return the address at which the node is called through the tunnel: of the family that this one is called by.
+
+    That is what the tunnel's MTU is made for. Without one, it is the first of a family that this one has.
+    """
+    families = dict.fromkeys(each.version for each in place.addresses)
+    return next((each for version in families for each in node.addresses if each.version == version), None)
 
 
 def _hops(place: Place, node: ClusterNode) -> dict[int, tuple[int, Address]]:

@@ -35,6 +35,6 @@ class Readiness:
     def reason(self) -> str:
         """Why ADD cannot be served now; empty if it can."""
         try:
-            return self.limited or self.unaddressed() or self.uninstalled or self.refused() or self.exhausted()
+            return self.limited or self.refused() or self.unaddressed() or self.uninstalled or self.exhausted()
         except StoreError as error:
             return str(error)

@@ -17,6 +17,9 @@ from agent.files import replace_file
 
 log = logging.getLogger(__name__)
 
+NAME = "cluster.json"
+"""Within the state directory."""
+
 _VERSION = 1
 _PAUSE = 30.0  # seconds between two writes: a large cluster's file is a megabyte
 

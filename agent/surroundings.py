@@ -12,15 +12,11 @@ from agent.cluster import Cluster, ClusterNode
 from agent.config import IPV6_MIN_MTU, Config
 from agent.datapath.sockets import CALLS
 from agent.ipmasq import Rules, RulesFile
-from agent.peers import Peers, Place, Ways
+from agent.peers import WRAPPING, Peers, Place, Ways
 from agent.plan import Outside, Tunnel
 from agent.state import Address, Lanes, Network, TunnelDevice, TunnelEnd, Uplink
 
 log = logging.getLogger(__name__)
-
-
-# Bytes that VXLAN adds (RFC 7348 section 5): outer IP header, UDP, VXLAN, and the inner Ethernet header.
-_WRAPPING = {4: 20 + 8 + 8 + 14, 6: 40 + 8 + 8 + 14}
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Surroundings:
             addresses=own,
             tunnel=tunnel.ifindex if tunnel else 0,
             tunnel_mtu=tunnel.device.mtu if tunnel else 0,
-            overhead=self._overhead,
+            mtu=seen.mtu,
             prefixes=self._current_prefixes(ranges),
         )
         self._peers = peers = self._ways.find(place, cluster, seen.paths)
@@ -129,7 +125,7 @@ class Surroundings:
         """Return the bytes to leave free for wrapping: in a cluster always, since nodes behind routers may join."""
         if self._config.routing == "direct" or not (self._config.kubernetes or self._config.nodes or cluster.peers):
             return 0
-        return _WRAPPING[own[0].version if own else 4]
+        return WRAPPING[own[0].version if own else 4]
 
     def _tunnel(self, uplink_mtu: int, own: Sequence[Address]) -> Tunnel:
         mtu = _inside(uplink_mtu, self._overhead)

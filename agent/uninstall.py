@@ -18,13 +18,13 @@ from agent.files import remove_file
 from agent.install import remove_conflist, remove_launcher
 from agent.journal import NAME as JOURNAL
 from agent.journal import Journal
-from agent.lifecycle import StartError, boot_id, lock_state, open_store
+from agent.remembered import NAME as REMEMBERED
 from agent.state import KernelError, Table
+from agent.statedir import LOCK, STORE, StartError, boot_id, lock_state, open_store
 from agent.store import Pod, StoreError
 from cni.errors import CniError
 
-_STORE = ("ipam.db", "ipam.db-wal", "ipam.db-shm")
-_STATE = (*_STORE, JOURNAL, "cluster.json", "agent.lock")
+_STATE = (STORE, f"{STORE}-wal", f"{STORE}-shm", JOURNAL, REMEMBERED, LOCK)
 
 
 class UninstallRefused(Exception):
@@ -70,7 +70,7 @@ def _refuse_if_in_use(config: Config) -> None:
 
 
 def _pods(config: Config) -> list[Pod]:
-    if not (config.paths.state / _STORE[0]).exists():
+    if not (config.paths.state / STORE).exists():
         return []
     with closing(open_store(config)) as store:
         return store.pods()

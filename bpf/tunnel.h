@@ -125,7 +125,8 @@ static bool is_forged(struct __sk_buff *skb, const struct packet *packet)
     if (!tunnel || !unwrapped_from(skb, tunnel->vni, &sender))
         return true;
     struct lanes *claimed = find_lanes(&packet->source), *known = find_lanes(&sender);
-    return !claimed || !known || !(known->kind & PREFIX_NODE) || !same_address(&claimed->peer, &known->peer);
+    return !claimed || !known || !(known->kind & PREFIX_NODE) || is_nobody(&known->peer) ||
+           !same_address(&claimed->peer, &known->peer);
 }
 
 /* Would this, masqueraded, seem to come out of the node's own tunnel? */

@@ -13,7 +13,9 @@ from .harness import DROP, PASS, REDIRECT, A
 from .tunnel import MTU, PEERS, VNI, Tunnel, pod_of
 from .world import (
     FAMILIES,
+    NATIVE,
     NODE,
+    NODE_OWN,
     STACK,
     WORLD,
     address_of,
@@ -166,6 +168,17 @@ def test_stranger(tunnel: Tunnel, family: int, underlay: int) -> None:
     assert tunnel.into(honest, PEERS[underlay][0], vni=VNI + 1).outcome == "drop_forged_peer"
     assert tunnel.unwrapped_by_nobody(honest).outcome == "drop_forged_peer"
     assert tunnel.into(honest, PEERS[underlay][0]).outcome == "fwd_from_peer"
+
+
+@EACH
+def test_node_that_is_not_called(tunnel: Tunnel, family: int, underlay: int) -> None:
+    """A node that has no address by which it could be called sends nothing, in nobody's name."""
+    tunnel.peers(underlay)
+    silent = str(PEERS[underlay][1])
+    tunnel.node.prefix(f"{silent}/{32 if underlay == 4 else 128}", NODE_OWN)
+    tunnel.node.prefix(f"{address_of(A, family)}/{32 if family == 4 else 128}", NATIVE)
+    packet = arriving(family, address_of(A, family), address_of(A, family)) / UDP()
+    assert tunnel.into(packet, silent).outcome == "drop_forged_peer"
 
 
 @EACH

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.cluster import ClusterNode, settle
+from agent.cluster import NOBODYS, ClusterNode, settle
 from agent.membership import Membership
 
 
@@ -50,7 +51,7 @@ CIDRS = st.builds(
 
 @given(st.lists(CIDRS, max_size=12))
 def test_what_is_kept_is_disjoint_and_what_is_refused_overlaps(cidrs: list[object]) -> None:
-    """No two prefixes that are kept overlap, and each one refused overlaps with one that is kept."""
+    """No two prefixes that are kept overlap, and each one refused overlaps with one that is kept, or is nobody's."""
     nodes = [node(f"n{index:02}", str(cidr)) for index, cidr in enumerate(cidrs)]
     cluster = settle(nodes, "n00", live=True)
     everyone = [*cluster.peers, *([cluster.own] if cluster.own else [])]
@@ -58,7 +59,33 @@ def test_what_is_kept_is_disjoint_and_what_is_refused_overlaps(cidrs: list[objec
     assert not any(one.overlaps(other) for one in kept for other in kept if one is not other)
     for each in nodes:
         is_kept = each.pod_cidrs[0] in kept and each.name not in cluster.refused
-        assert is_kept or any(each.pod_cidrs[0].overlaps(one) for one in kept)
+        assert is_kept or any(each.pod_cidrs[0].overlaps(one) for one in (*kept, *NOBODYS))
+
+
+@pytest.mark.parametrize(
+    "cidr",
+    ["0.0.0.0/0", "::/0", "127.1.0.0/16", "169.254.169.254/32", "224.0.0.0/24", "::ffff:a00:0/120", "fe80::/64"],
+)
+def test_nobody_has_what_is_no_nodes(cidr: str) -> None:
+    """A default route, loopback, link-local, multicast and IPv4 in the guise of IPv6 are no pod CIDR, even alone."""
+    cluster = settle([node("a", cidr), node("b", "10.0.0.0/24")], "b", live=True)
+    assert cluster.peers == (node("a"),)
+    assert cluster.own == node("b", "10.0.0.0/24")
+    assert "which is no node's" in cluster.refused["a"]
+
+
+@pytest.mark.parametrize("created", ["2025-01-01T00:00:00Z", "2027-01-01T00:00:00Z"])
+def test_an_address_of_anothers_pods_is_not_believed(created: str) -> None:
+    """A node, old or young, that names an address of another node's pods as its own has not got it; the rest stays."""
+    addresses = tuple(map(ip_address, ("192.0.2.9", "10.0.0.7", "10.0.9.1", "::ffff:192.0.2.1")))
+    liar = ClusterNode("b", addresses, (ip_network("10.0.9.0/24"),), created)
+    cluster = settle([node("a", "10.0.0.0/24"), liar], "a", live=True)
+    assert cluster.own == node("a", "10.0.0.0/24")
+    assert cluster.peers[0].addresses == tuple(map(ip_address, ("192.0.2.9", "10.0.9.1")))
+    assert cluster.peers[0].pod_cidrs == liar.pod_cidrs
+    told = cluster.refused["b"]
+    assert "address 10.0.0.7 is in 10.0.0.0/24, a pod CIDR of node a" in told
+    assert "address ::ffff:c000:201 is in ::ffff:0:0/96, which is no node's" in told
 
 
 def test_only_a_report_that_changes_something_is_passed_on() -> None:

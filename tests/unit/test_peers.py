@@ -23,7 +23,7 @@ LINKS = frozenset({ip_network("192.0.2.0/24"), ip_network("2001:db8::/64")})
 def place(routing: Routing = "auto", links: frozenset[Network] = LINKS, own: tuple[Address, ...] = OWN) -> Place:
     """Return this end: one uplink, and a tunnel unless there is no use for one."""
     tunnel = 0 if routing == "direct" else TUNNEL
-    return Place(routing, (Uplink(UPLINK, Sources(), links),), own, tunnel, tunnel_mtu=1450, overhead=50)
+    return Place(routing, (Uplink(UPLINK, Sources(), links),), own, tunnel, mtu=1500, tunnel_mtu=1450)
 
 
 def node(*addresses: Address, cidrs: Sequence[Network] = CIDRS, name: str = "other") -> ClusterNode:
@@ -94,6 +94,25 @@ def test_called_by_a_common_family() -> None:
     strange = way(place(own=OWN[:1]), FAR6)
     assert strange.peer is None
     assert {lanes.tunnel for lanes in strange.prefixes.values()} == {0}
+
+
+def test_called_by_another_family() -> None:
+    """A node without an address of the family that the tunnel's MTU is made for has less room inside."""
+    assert way(place(), FAR6).routes[V4].mtu == way(place(), FAR6).prefixes[V4].mtu == 1430
+    assert way(replace(place(own=OWN[::-1]), tunnel_mtu=1430), FAR).routes[V4].mtu == 0
+
+
+def test_two_claim_an_address() -> None:
+    """An address is the node's that is called at it, older or younger; who adds it to others moves nothing."""
+    right, wrong = node(FAR, cidrs=()), node(ip_address("203.0.113.9"), FAR, name="liar", cidrs=())
+    for nodes in ((right, wrong), (wrong, right)):
+        assert find(place(), *nodes).prefixes[ip_network(FAR)].peer == FAR
+
+
+def test_called_by_the_family_that_the_tunnel_leaves_room_for() -> None:
+    """Of several addresses, a node is called by one of this one's family: the MTU is made for it."""
+    assert way(place(), FAR6, FAR).peer == FAR
+    assert way(place(own=OWN[::-1]), FAR, FAR6).peer == FAR6
 
 
 def test_no_tunnel_yet() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import allotment, lifecycle
+from agent import allotment, statedir
 from agent.config import Config
 from agent.ranges import Range
 from agent.store import (
@@ -234,7 +234,7 @@ def test_own_ranges_with_exclusions(tmp_path: Path) -> None:
         "sticky": True,
         "paths": {"state": tmp_path},
     }
-    store = lifecycle.open_store(Config.model_validate(config))
+    store = statedir.open_store(Config.model_validate(config))
     assert addresses(reserve(store, attachment("a"), pod_name="d/a")) == ["10.0.0.4", "fd00::2"]
     store.remove(attachment("a"))
     assert addresses(reserve(store, attachment("b"))) == ["10.0.0.5", "fd00::3"]

@@ -1,0 +1,95 @@
+"""Metrics and probes over HTTP."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterable
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from agent.node import Readiness
+from agent.state import KernelError
+from agent.store import StoreError
+
+_CONNECTIONS = 64  # at a time, of scrapers and probes
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    """Serves some at a time; one more is hung up on, for any process of the node's may open connections."""
+
+    daemon_threads = True
+    request_queue_size = 128  # those that come at once; the default of 5 makes others wait for a second
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # as the base class has it
+        self._room = threading.BoundedSemaphore(_CONNECTIONS)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # not HTTPServer's: that asks DNS for this host's name, which may take for ever
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+
+class _IPv6Server(_ThreadingServer):
+    address_family = socket.AF_INET6
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = 5.0  # seconds to wait for the request
+
+    def log_message(self, format: str, *args: object) -> None:  # the base class's name
+        """Scrapes are not news."""
+
+
+def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WSGIServer:
+    """Serve /metrics, /healthz and /readyz on "host:port" or "[host]:port" (IPv6), in a thread. Raises OSError.
+
+    `shutdown()` ends the server.
+    """
+    metrics_app = make_wsgi_app(registry)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            return _scrape(metrics_app, environ, start_response)
+        if path == "/healthz":
+            return _answer(start_response, "200 OK", "ok")
+        if path == "/readyz":
+            reason = readiness.reason
+            return _answer(start_response, "503 Service Unavailable" if reason else "200 OK", reason or "ready")
+        return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
+
+    host, _, port = address.rpartition(":")
+    kind = _IPv6Server if host.startswith("[") else _ThreadingServer
+    server = make_server(host.strip("[]"), int(port), app, kind, _QuietHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server
+
+
+def _scrape(app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    try:
+        return app(environ, start_response)
+    except (KernelError, StoreError) as error:
+        return _answer(start_response, "500 Internal Server Error", str(error))
+
+
+def _answer(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [text.encode() + b"\n"]
