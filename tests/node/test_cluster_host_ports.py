@@ -15,7 +15,7 @@ from tests.node.internet import datagram_server
 from tests.node.machine import Netns, TestPod
 from tests.node.mesh import KINDS, Party
 from tests.node.nodes import BOTH as FAMILIES
-from tests.node.nodes import FAR, FIRST, PLACES, SECOND, WORLD, Nodes, nodes
+from tests.node.nodes import FAR, FIRST, PLACES, SECOND, WORLD, Member, Nodes, nodes
 from tests.node.test_host_ports import BOTH, LIMITED, OWN, PORT, at, exchange, invalid_dropped, mapping, publish
 
 LIMITED_PORT = PORT + 1
@@ -111,12 +111,26 @@ def check(ports: Ports, port: int, meetings: Iterable[tuple[Party, int]], wanted
     assert wrong == {}
 
 
+@contextmanager
+def strictest(node: Member) -> Iterator[None]:
+    """Have a node filter by reverse path at the tunnel, too, for the duration: as if somebody had set all devices."""
+    setting = "net/ipv4/conf/podlane.vx/rp_filter"
+    before = node.netns.run("sysctl", "-ne", setting).stdout.strip()
+    if before:
+        node.netns.run("sysctl", "-qw", f"{setting}=1")
+    try:
+        yield
+    finally:
+        if before:
+            node.netns.run("sysctl", "-qw", f"{setting}={before}")
+
+
 def test_everybody(it: Ports) -> None:
     """Pods of other nodes, with and without host ports, those nodes and the world are answered, and seen as themselves.
 
-    One of the nodes filters by reverse path.
+    One of the nodes filters by reverse path: nodes that have called past the tunnel are answered past it.
     """
-    with serving(it.served):
+    with strictest(it.nodes.members[SECOND]), serving(it.served):
         check(it, PORT, ((asker, place) for place in PLACES for asker in it.others(place)))
 
 
