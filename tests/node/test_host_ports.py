@@ -6,6 +6,7 @@ import hashlib
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -129,15 +130,24 @@ def test_limited_pods(
         node.delete_pod(each)
 
 
-@pytest.fixture
-def strict(node: Machine) -> Iterator[None]:
-    """Let the node's firewall drop what conntrack calls invalid, as kube-proxy's rules do."""
+@contextmanager
+def invalid_dropped(node: Machine) -> Iterator[None]:
+    """Let a node's firewall drop what conntrack calls invalid, as kube-proxy's rules do, for the duration."""
     rule = ("FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
     for command in ("iptables", "ip6tables"):
         node.netns.run(command, "-A", *rule)
-    yield
-    for command in ("iptables", "ip6tables"):
-        node.netns.run(command, "-D", *rule)
+    try:
+        yield
+    finally:
+        for command in ("iptables", "ip6tables"):
+            node.netns.run(command, "-D", *rule)
+
+
+@pytest.fixture
+def strict(node: Machine) -> Iterator[None]:
+    """Let the node have such a firewall."""
+    with invalid_dropped(node):
+        yield
 
 
 @families
@@ -246,11 +256,18 @@ def test_bulk(node: Machine, family: int, asker: str, limits: Mapping[str, int])
     """Megabytes arrive as they were sent, in both directions, whoever asks: in large (GSO) packets, too."""
     pod, other = publish(node, *BOTH, limits=limits), publish(node, limits=limits)
     place = {"world": node.world, "pod": other.netns, "itself": pod.netns}[asker]
-    here = "0.0.0.0" if family == V4 else "::"  # noqa: S104
-    data = hashlib.shake_128(asker.encode()).digest(20 << 20)
-    with bound(pod.netns, TCP, pod.addresses[family], OWN) as listener, bound(place, TCP, here) as ours:
+    exchange(place, pod, NODE[family], PORT, hashlib.shake_128(asker.encode()).digest(20 << 20))
+    for each in (pod, other):
+        node.delete_pod(each)
+
+
+def exchange(asker: Netns, pod: TestPod, address: str, port: int, data: bytes) -> None:
+    """Connect to a pod by a host port, and assert that the data arrives as it was sent, in both directions."""
+    (inside,) = (each for each in pod.addresses if (":" in each) == (":" in address))
+    here = "::" if ":" in address else "0.0.0.0"  # noqa: S104
+    with bound(pod.netns, TCP, inside, OWN) as listener, bound(asker, TCP, here) as ours:
         listener.listen()
-        ours.connect((NODE[family], PORT))
+        ours.connect((address, port))
         theirs, _ = listener.accept()
         with theirs:
             for sender, receiver in ((ours, theirs), (theirs, ours)):
@@ -261,5 +278,3 @@ def test_bulk(node: Machine, family: int, asker: str, limits: Mapping[str, int])
                     received += receiver.recv(1 << 20)
                 thread.join()
                 assert received == data
-    for each in (pod, other):
-        node.delete_pod(each)

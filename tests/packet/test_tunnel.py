@@ -5,11 +5,13 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from scapy.all import ARP, UDP, Ether
+from scapy.all import ARP, UDP, Ether, Packet
 
 from agent.wiring import HOST_MAC
 
+from .cases import WITH_SOCKETS
 from .harness import DROP, PASS, REDIRECT, A
+from .test_host_ports import CLIENT, HOST, OWN, error, publish
 from .tunnel import MTU, PEERS, VNI, Tunnel, pod_of
 from .world import (
     FAMILIES,
@@ -220,3 +222,66 @@ def test_by_the_uplink(tunnel: Tunnel, family: int) -> None:
     ran = tunnel.node.out(packet, fast=False)
     assert (ran.outcome, ran.verdict) == ("fwd_tunnel", REDIRECT)
     assert ran.packet == built(packet)
+
+
+def tunnelled(family: int, source: str) -> Packet:
+    """Return the headers of what a node of the tunnel is sent for the far node's pod."""
+    return frame(NOBODY_ELSE, HOST_MAC, family, source, pod_of(FAR, family))
+
+
+@WITH_SOCKETS
+def test_host_port(tunnel: Tunnel, kind: str, family: int) -> None:
+    """A far pod reaches the node's port by the tunnel and hears from there; the pod's own address is another way."""
+    tunnel.peers(4)
+    publish(tunnel.node, kind, family)
+    caller, pod = pod_of(FAR, family), address_of(A, family)
+    calls = arriving(family, NODE[family], caller) / request(kind, family, CLIENT, to_port=HOST)
+    answers = leaving(family, pod, caller) / answer(kind, family, CLIENT, to_port=OWN)
+    came = tunnel.into(calls, PEERS[4][0])
+    assert (came.outcome, came.verdict) == ("port_in", REDIRECT)
+    assert came.packet == built(delivered(family, A, caller) / request(kind, family, CLIENT, to_port=OWN))
+    for fast in (True, False):
+        replied = tunnel.out(answers, fast=fast)
+        assert (replied.outcome, replied.verdict) == ("port_out", PASS)
+        assert replied.packet == built(tunnelled(family, NODE[family]) / answer(kind, family, CLIENT, to_port=HOST))
+    tunnel.node.forget_stack_flows()
+    direct = arriving(family, pod, caller) / request(kind, family, CLIENT, to_port=OWN)
+    assert tunnel.into(direct, PEERS[4][0]).outcome == "fwd_from_peer"
+    assert tunnel.out(answers).outcome == "fwd_to_peer"
+
+
+@WITH_SOCKETS
+def test_host_port_of_a_far_node(tunnel: Tunnel, kind: str, family: int) -> None:
+    """A far node itself calls past the tunnel, and is answered past it; all else that the pod sends there takes it."""
+    tunnel.peers(family)
+    publish(tunnel.node, kind, family)
+    caller, pod = str(PEERS[family][0]), address_of(A, family)
+    calls = arriving(family, NODE[family], caller) / request(kind, family, CLIENT, to_port=HOST)
+    assert tunnel.node.into(calls).outcome == "port_in"
+    back = answer(kind, family, CLIENT, to_port=OWN)
+    assert tunnel.node.leave(from_pod(family, A, caller) / back).outcome == "fwd_uplink"
+    replied = tunnel.node.out(leaving(family, pod, caller) / back)
+    assert replied.outcome == "port_out"
+    assert replied.packet == built(leaving(family, NODE[family], caller) / answer(kind, family, CLIENT, to_port=HOST))
+    other = answer(kind, family, CLIENT + 1, to_port=OWN)
+    assert tunnel.node.leave(from_pod(family, A, caller) / other).outcome == "fwd_tunnel"
+
+
+@WITH_SOCKETS
+def test_errors_about_a_host_port(tunnel: Tunnel, kind: str, family: int) -> None:
+    """A far pod's error about an answer from the node's port is about the pod's; the pod's own comes from the node."""
+    tunnel.peers(4)
+    publish(tunnel.node, kind, family)
+    caller, pod = pod_of(FAR, family), address_of(A, family)
+    asked = request(kind, family, CLIENT, to_port=HOST)
+    tunnel.into(arriving(family, NODE[family], caller) / asked, PEERS[4][0])
+    about = leaving(family, NODE[family], caller) / answer(kind, family, CLIENT, to_port=HOST)
+    came = tunnel.into(arriving(family, NODE[family], caller) / error(family, about), PEERS[4][0])
+    inside = leaving(family, pod, caller) / answer(kind, family, CLIENT, to_port=OWN)
+    assert came.outcome == "port_in"
+    assert came.packet == built(delivered(family, A, caller) / error(family, inside))
+    heard = leaving(family, caller, pod) / request(kind, family, CLIENT, to_port=OWN)
+    sent = tunnel.out(leaving(family, pod, caller) / error(family, heard))
+    outside = leaving(family, caller, NODE[family]) / asked
+    assert sent.outcome == "port_out"
+    assert sent.packet == built(tunnelled(family, NODE[family]) / error(family, outside))
