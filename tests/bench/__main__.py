@@ -127,12 +127,12 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def _interleaved(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
-    results: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {name: [] for name in measures}
     names = list(measures)
     for _ in range(rounds):
         random.shuffle(names)
         for name in names:
-            results.setdefault(name, []).append(measures[name]())
+            results[name].append(measures[name]())
     return results
 
 
