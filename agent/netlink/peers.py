@@ -64,7 +64,6 @@ class PeerRouteTable:
 
     def upsert(self, items: Mapping[Network, PeerRoute]) -> dict[Network, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
-        self._written |= {network: OwnRoute(network, way) for network, way in items.items()}
         failures = each(list(items), [_add(*item, ADD) for item in items.items()])
         taken = [network for network, failure in failures.items() if errno_of(failure) == errno.EEXIST]
         if taken:
@@ -72,6 +71,7 @@ class PeerRouteTable:
             ours = [network for network in taken if network in known]
             replaced = each(ours, [_add(network, items[network], CHANGE) for network in ours])
             failures = {key: value for key, value in failures.items() if key not in ours} | replaced
+        self._written |= {network: OwnRoute(network, way) for network, way in items.items()}
         return failures
 
     def delete(self, keys: Iterable[Network]) -> dict[Network, KernelError]:
