@@ -129,5 +129,5 @@ class _Claims:
 
 
 def _last(cidr: Network) -> int:
-    """Return the last address as a number; the library's own answer would stay in memory with each prefix."""
-    return int(cidr.network_address) | int(cidr.hostmask)
+    """Return the last address as a number; the library's own answers would stay in memory with each prefix."""
+    return int(cidr.network_address) | (1 << (cidr.max_prefixlen - cidr.prefixlen)) - 1

@@ -46,7 +46,9 @@ from agent.upkeep import Devices, Upkeep
 
 log = logging.getLogger(__name__)
 
-_FULL_PASS_PAUSE = 0.2  # seconds; a burst of kernel events leads to one full pass, not to one each
+_FULL_PASS_PAUSE = 0.2  # seconds, at least; a burst of kernel events leads to one full pass, not to one each
+_FULL_PASS_SHARE = 20  # times as long as the last one took, if that is more: what podlane does makes events, too
+_SHARE = 50  # times as long as reading them took, the tables of other nodes are not read again
 _QUIET = 1.0  # seconds without a request, after which there is time for what can wait
 
 
@@ -77,6 +79,7 @@ class Tables:
     subnets: Table[Network, Literal["unreachable"]]
 
 
+_MANY = ("prefixes", "peer_routes")
 _OF_PEERS = ("tunnel_devices", "prefixes", "tunnels", "peer_routes")
 _NOTHING = Outside()
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
@@ -126,6 +129,8 @@ class Loop:
         self._done = 0  # requests that a finished pass has covered
         self._trouble = ""  # why the last pass failed as a whole, if it did
         self._full_due = time.monotonic()
+        self._full_pause = _FULL_PASS_PAUSE
+        self._many_due = self._full_due
         self._settle_due = self._full_due + _QUIET
         self._guests: tuple[Pod, ...] = ()
         self._stopped = False
@@ -151,7 +156,7 @@ class Loop:
     def kernel_changed(self) -> None:
         """Note that something may have changed behind our back: a full pass follows soon."""
         with self._condition:
-            self._full_due = min(self._full_due, time.monotonic() + _FULL_PASS_PAUSE)
+            self._full_due = min(self._full_due, time.monotonic() + self._full_pause)
             self._condition.notify_all()
 
     def wake(self) -> None:
@@ -252,13 +257,14 @@ class Loop:
         return self._stopped or self._requested > self._done or time.monotonic() >= due
 
     def _pass(self, full: bool) -> None:
+        started = time.thread_time()
         pods = [*self._store.pods(), *self._guests]
         before, macs, queued = self._known, self._inside.macs, self._inside.queued
         is_full = full or before is None
         self._outside = self._ask_outside(is_full)
         if is_full:
             macs, queued = self._upkeep.begin(pods), self._devices.queued()
-            self._known = State(**{name: self._table(name).read() for name in _NAMES})
+            self._known = self._read(before)
             self._settled = State()
         known = self._known
         assert known is not None
@@ -274,6 +280,22 @@ class Loop:
             self._apply(self._plan(pods), known)
         if is_full:
             self._upkeep.finish()
+            self._full_pause = max(_FULL_PASS_PAUSE, _FULL_PASS_SHARE * (time.thread_time() - started))
+
+    def _read(self, before: State | None) -> State:
+        """Read the kernel; but what there may be thousands of, so seldom that it takes little of a processor."""
+        tables: dict[str, Any] = {}
+        spent, is_due = 0.0, before is None or time.monotonic() >= self._many_due
+        for name in _NAMES:
+            if name in _MANY and not is_due:
+                tables[name] = getattr(before, name)
+                continue
+            started = time.thread_time()
+            tables[name] = self._table(name).read()
+            spent += time.thread_time() - started if name in _MANY else 0
+        if is_due:
+            self._many_due = time.monotonic() + _SHARE * spent
+        return State(**tables)
 
     def _current_indexes(self, pods: Sequence[Pod], known: dict[str, int]) -> dict[str, int]:
         """Return `Devices.indexes`. Those of active pods are as `known`: were they not, a full pass would be due."""

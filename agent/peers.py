@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
-from typing import Literal
+from typing import Literal, get_args
 
 from agent.cluster import Cluster, ClusterNode
 from agent.config import IPV6_MIN_MTU
@@ -19,6 +19,11 @@ FAMILIES = (4, 6)
 
 WRAPPING = {4: 20 + 8 + 8 + 14, 6: 40 + 8 + 8 + 14}
 """Bytes that VXLAN adds (RFC 7348 section 5), by the family outside: outer IP, UDP, VXLAN, inner Ethernet."""
+
+# By family; since there may be thousands of ways, they share these.
+_LANES: Mapping[tuple[Lane, Lane], Mapping[int, Lane]] = {
+    (ipv4, ipv6): {4: ipv4, 6: ipv6} for ipv4 in get_args(Lane) for ipv6 in get_args(Lane)
+}
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,8 @@ class _Covers:
 def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
     peer, hops = _called(place, node), _hops(place, node)
     mtu = _narrower(place, peer, paths) if peer else 0
-    lanes = {version: _lane(place, hops.get(version)) for version in FAMILIES}
-    routes = {}
+    lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
+    routes: dict[Network, PeerRoute] = {}
     for cidr in node.pod_cidrs:
         route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
         if route is not None:
@@ -159,18 +164,20 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     own = set(place.addresses)
     addresses = [ip_network(each) for each in node.addresses if each not in own]
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
-    prefixes = {
-        network: Lanes(
-            native=True,
-            stack=covers[network].stack,
-            peer=peer,
-            node=is_node,
-            tunnel=tunnels[network.version],
-            mtu=mtu if tunnels[network.version] else 0,
-        )
-        for networks, is_node in ((node.pod_cidrs, False), (addresses, True))
-        for network in networks
-    }
+    prefixes: dict[Network, Lanes] = {}
+    same: dict[Lanes, Lanes] = {}  # as a rule, both families share theirs
+    for networks, is_node in ((node.pod_cidrs, False), (addresses, True)):
+        for network in networks:
+            tunnel = tunnels[network.version]
+            found = Lanes(
+                native=True,
+                stack=covers[network].stack,
+                peer=peer,
+                node=is_node,
+                tunnel=tunnel,
+                mtu=mtu if tunnel else 0,
+            )
+            prefixes[network] = same.setdefault(found, found)
     return Way(peer, lanes, routes, prefixes)
 
 

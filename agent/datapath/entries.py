@@ -19,6 +19,7 @@ V = TypeVar("V")
 
 _MAPPED_BITS = 96  # of an IPv4 address in its IPv6 form, before the address itself
 _NOBODY = {"word": bytes(16)}
+_FORGET = 1000  # entries that were seen once, before they are forgotten
 
 
 class MapTable(ABC, Generic[K, V]):
@@ -26,19 +27,24 @@ class MapTable(ABC, Generic[K, V]):
 
     def __init__(self, entries: Map) -> None:
         self._map = entries
-        self._keys: dict[bytes, K] = {}  # as they were read the last time: there may be thousands
+        self._keys: dict[bytes, K] = {}  # as they stand in the map: there may be thousands
         self._values: dict[bytes, V] = {}
 
     def read(self) -> dict[K, V]:
         """Return all entries."""
-        raw = self._map.items_bytes()
         keys, values = self._keys, self._values
-        self._keys = {key: keys[key] if key in keys else self._key(self._map.key.decode(key)) for key, _ in raw}
-        self._values = {
-            value: values[value] if value in values else self._value(self._map.value.decode(value))
-            for value in {value for _, value in raw}
-        }
-        return {self._keys[key]: self._values[value] for key, value in raw}
+        found: dict[K, V] = {}
+        for raw_key, raw_value in self._map.items_bytes():
+            if raw_key not in keys:
+                keys[raw_key] = self._key(self._map.key.decode(raw_key))
+            if raw_value not in values:
+                values[raw_value] = self._value(self._map.value.decode(raw_value))
+            found[keys[raw_key]] = values[raw_value]
+        used = set(map(id, found.values()))
+        if len(keys) - len(found) > _FORGET or len(values) - len(used) > _FORGET:
+            self._keys = {raw: key for raw, key in keys.items() if key in found}
+            self._values = {raw: value for raw, value in values.items() if id(value) in used}
+        return found
 
     def upsert(self, items: Mapping[K, V]) -> dict[K, KernelError]:
         """Create or replace entries; return the failures."""

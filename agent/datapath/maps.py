@@ -110,14 +110,14 @@ class Map:
         for key, value in self.items_bytes():
             yield self.key.decode(key), self._decoded(value)
 
-    def items_bytes(self) -> list[tuple[bytes, bytes]]:
-        """Return keys and values as they stand in memory, as `items` does."""
+    def items_bytes(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield keys and values as they stand in memory, as `items` does."""
         try:
-            return list(self._batched_items())
+            yield from self._batched_items()
         except libbpf.BpfError as error:
             if error.errno not in _NO_BATCHES:
                 raise
-            return list(self._single_items())
+            yield from self._single_items()
 
     def _lookup(self, key: bytes) -> bytes | None:
         value = ctypes.create_string_buffer(self._bytes)

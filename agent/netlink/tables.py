@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from pyroute2.netlink.rtnl import (
 from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from agent.netlink.channel import Request, attributes, dump, each, errno_of, request
+from agent.netlink.channel import Message, Request, attributes, dump, each, errno_of, request
 from agent.netlink.devices import tunnel_index
 from agent.netlink.encode import Attributes, mac, message
 from agent.netlink.rtnl import (
@@ -51,7 +51,7 @@ from agent.netlink.rtnl import (
     RTN_UNREACHABLE,
     u32,
 )
-from agent.state import Address, HostRoute, KernelError, Neighbour, Network
+from agent.state import Address, HostRoute, KernelError, Neighbour, Network, PeerRoute
 
 # The metric of unreachable subnets: whoever knows a way into one of them, as the node itself may, comes first.
 _LAST = 1 << 31
@@ -66,7 +66,7 @@ class RouteTable:
         """Return podlane's host routes. Raises KernelError."""
         tunnel = tunnel_index()
         return {
-            route.network.network_address: HostRoute(route.ifindex, route.source)
+            route.network.network_address: HostRoute(route.way.ifindex, route.way.source)
             for route in own_routes(RTN_UNICAST, hosts=True)
             if not route.leads_to_peer(tunnel)
         }
@@ -136,27 +136,38 @@ class NeighbourTable:
 
 @dataclass(frozen=True, slots=True)
 class OwnRoute:
-    """One of podlane's routes. `ifindex` is 0 if it leads nowhere, `mtu` (bytes) if it is the device's."""
+    """One of podlane's routes. The index of its way is 0 if it leads nowhere, the MTU if it is the device's."""
 
     network: Network
-    ifindex: int
-    gateway: Address | None
-    source: Address | None
-    mtu: int
+    way: PeerRoute
 
     def leads_to_peer(self, tunnel: int) -> bool:
         """Say whether it is for another node's pods: those of the node's own have neither a next hop nor the tunnel.
 
         `tunnel` is the index of the tunnel's device.
         """
-        return self.gateway is not None or self.ifindex == tunnel > 0
+        return self.way.gateway is not None or self.way.ifindex == tunnel > 0
 
 
-def own_routes(kind: int, known: dict[bytes, OwnRoute] | None = None, *, hosts: bool = False) -> Iterator[OwnRoute]:
-    """Yield podlane's routes of a type (RTN_…), or with `hosts` those to a single address. Raises KernelError.
+def decoded(answer: Message) -> OwnRoute:
+    """Return the route that an RTM_NEWROUTE tells of."""
+    family, length, *_ = ROUTE.unpack_from(answer.body)
+    route = attributes(answer.body, ROUTE.size)
+    packed = route.get(RTA_DST, bytes(HOST_BITS[family] // 8))  # without one, it is a default route
+    metrics = attributes(route.get(RTA_METRICS, b""), 0)
+    way = PeerRoute(
+        u32(route[RTA_OIF]) if RTA_OIF in route else 0,
+        _gateway(route),
+        _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None,
+        u32(metrics[RTAX_MTU]) if RTAX_MTU in metrics else 0,
+    )
+    return OwnRoute(ipaddress.ip_network((packed, length)), way)
 
-    What is `known`, by the message that tells of it, need not be decoded again: there may be thousands.
-    """
+
+def own_routes(
+    kind: int, decode: Callable[[Message], OwnRoute] = decoded, *, hosts: bool = False
+) -> Iterator[OwnRoute]:
+    """Yield podlane's routes of a type (RTN_…), or with `hosts` those to a single address. Raises KernelError."""
     for family in FAMILY.values():
         # ip route show table main proto 112 type KIND; the kernel filters
         fields = {"family": family, "table": RT_TABLE_MAIN, "proto": PROTOCOL, "type": kind}
@@ -164,26 +175,8 @@ def own_routes(kind: int, known: dict[bytes, OwnRoute] | None = None, *, hosts: 
             got, length, _, protocol, _, is_kind, _ = ROUTE.unpack_from(answer.body)
             if (answer.type, got, protocol, is_kind) != (RTM_NEWROUTE, family, PROTOCOL, kind):
                 continue
-            if hosts and length != HOST_BITS[family]:
-                continue
-            route = known.get(answer.body) if known is not None else None
-            if route is None:
-                route = _decoded(attributes(answer.body, ROUTE.size), family, length)
-                if known is not None:
-                    known[answer.body] = route
-            yield route
-
-
-def _decoded(route: dict[int, bytes], family: int, length: int) -> OwnRoute:
-    packed = route.get(RTA_DST, bytes(HOST_BITS[family] // 8))  # without one, it is a default route
-    metrics = attributes(route.get(RTA_METRICS, b""), 0)
-    return OwnRoute(
-        ipaddress.ip_network((packed, length)),
-        u32(route[RTA_OIF]) if RTA_OIF in route else 0,
-        _gateway(route),
-        _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None,
-        u32(metrics[RTAX_MTU]) if RTAX_MTU in metrics else 0,
-    )
+            if not hosts or length == HOST_BITS[family]:
+                yield decode(answer)
 
 
 def _gateway(route: dict[int, bytes]) -> Address | None:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench import world
-from tests.bench.places import Pair, Podlane, Reference, Runtime, direct, host_local, joined, sink
+from tests.bench import cluster, world
+from tests.bench.places import Pair, Reference, Runtime, direct, host_local, joined, podlane, sink
 from tests.node.machine import Netns, run
 
 SENDER = Path(__file__).with_name("sender.c")
@@ -29,31 +29,47 @@ Measure = Callable[[], float]
 def main() -> None:
     """Run what the command line asks for, by default everything."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument(
-        "what", nargs="*", choices=["packets", "calls", "world", []], default=["packets", "calls", "world"]
-    )
+    parts = ["packets", "calls", "world", "cluster"]
+    parser.add_argument("what", nargs="*", choices=[*parts, []], default=parts)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="podlane-bench-") as directory, ExitStack() as stack:
         places = Path(directory)
-        podlane: dict[str, Runtime] = {
-            "podlane": Podlane(places / "auto", stack),
-            "podlane (tcx)": Podlane(places / "tcx", stack, hooks="tcx"),
-            "podlane (clsact)": Podlane(places / "clsact", stack, hooks="clsact"),
-            "with host-local": Podlane(places / "host-local", stack, ipam=host_local(87)),
+        sender = places / "sender"
+        run("gcc", "-O2", "-o", str(sender), str(SENDER))
+        if "cluster" in arguments.what:
+            _cluster(places, sender, arguments.rounds)
+        if set(arguments.what) <= {"cluster"}:
+            return
+        ours: dict[str, Runtime] = {
+            "podlane": podlane(places / "auto", stack),
+            "podlane (tcx)": podlane(places / "tcx", stack, hooks="tcx"),
+            "podlane (clsact)": podlane(places / "clsact", stack, hooks="clsact"),
+            "with host-local": podlane(places / "host-local", stack, ipam=host_local(87)),
         }
         peers: dict[str, Runtime] = {
             "bridge": Reference(places / "bridge", stack, "bridge", 88, bridge="br0", isGateway=True, ipMasq=True),
             "ptp": Reference(places / "ptp", stack, "ptp", 89, ipMasq=True),
         }
-        sender = places / "sender"
-        run("gcc", "-O2", "-o", str(sender), str(SENDER))
         if "packets" in arguments.what:
-            _packets(sender, podlane | peers, arguments.rounds, stack)
+            _packets(sender, ours | peers, arguments.rounds, stack)
         if "world" in arguments.what:
-            _world(places, sender, {name: (podlane | peers)[name] for name in ("podlane", "bridge")}, arguments.rounds)
+            _world(places, sender, {name: (ours | peers)[name] for name in ("podlane", "bridge")}, arguments.rounds)
         if "calls" in arguments.what:
-            _calls(podlane | peers, arguments.rounds)
+            _calls(ours | peers, arguments.rounds)
+
+
+def _cluster(places: Path, sender: Path, rounds: int) -> None:
+    with ExitStack() as stack:
+        alone, crowded = (cluster.Member(places / name, stack) for name in ("alone", "crowded"))
+        for line in cluster.follow(alone, crowded):
+            print(line, flush=True)
+        members: dict[str, Runtime] = {"2 others": alone.runtime, f"{cluster.NODES:,} others": crowded.runtime}
+        _calls(members, rounds, "2 others")
+        senders = {name: world.visitor(each, stack) for name, each in members.items()}
+        time.sleep(SETTLE_SECONDS)
+        for title, measures in cluster.measures(senders, sender, stack).items():
+            _report(f"CPU time per 18-byte UDP packet to a pod elsewhere, {title}", "ns", measures, rounds, "2 others")
 
 
 def _world(places: Path, sender: Path, runtimes: Mapping[str, Runtime], rounds: int) -> None:
@@ -79,7 +95,7 @@ def _cost(pair: Pair, family: int, sender: Path, stack: ExitStack) -> Measure:
     return lambda: float(pair.a.run("taskset", "-c", "1", str(sender), address, str(PACKETS)).stdout)
 
 
-def _calls(runtimes: Mapping[str, Runtime], rounds: int) -> None:
+def _calls(runtimes: Mapping[str, Runtime], rounds: int, reference: str = "bridge") -> None:
     results: dict[str, dict[str, list[float]]] = {}
     names = list(runtimes)
     for _ in range(rounds):
@@ -88,7 +104,7 @@ def _calls(runtimes: Mapping[str, Runtime], rounds: int) -> None:
             for command, milliseconds in _life(runtimes[name]).items():
                 results.setdefault(command, {}).setdefault(name, []).append(milliseconds)
     for command, rows in results.items():
-        _table(f"CNI {command}, whole process", "ms", {name: rows[name] for name in runtimes}, "bridge")
+        _table(f"CNI {command}, whole process", "ms", {name: rows[name] for name in runtimes}, reference)
 
 
 def _life(runtime: Runtime) -> dict[str, float]:
@@ -111,12 +127,12 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def _interleaved(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
-    results: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {name: [] for name in measures}
     names = list(measures)
     for _ in range(rounds):
         random.shuffle(names)
         for name in names:
-            results.setdefault(name, []).append(measures[name]())
+            results[name].append(measures[name]())
     return results
 
 

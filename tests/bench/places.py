@@ -42,18 +42,14 @@ class Runtime(Protocol):
 
 
 class Podlane:
-    """podlane, with hooks attached as told, and with its own addresses or those of an IPAM plugin."""
+    """podlane on a machine that has an uplink and an agent, with its own addresses or those of an IPAM plugin."""
 
-    def __init__(
-        self, directory: Path, stack: ExitStack, ipam: Mapping[str, object] | None = None, **config: object
-    ) -> None:
-        directory.mkdir()
+    def __init__(self, machine: Machine, ipam: Mapping[str, object] | None = None) -> None:
         self._config: dict[str, Any] = {"cniVersion": "1.0.0", "name": "podlane", "type": "podlane"}
         if ipam:
-            self._config |= {"ipMasq": True, "ipam": {**ipam, "dataDir": str(directory)}}
-        self._machine = Machine(directory, stack, **config)
-        self.world = self._machine.add_uplink()
-        self._machine.start_agent()
+            self._config |= {"ipMasq": True, "ipam": {**ipam, "dataDir": str(machine.directory)}}
+        self._machine = machine
+        self.world = machine.world
 
     def add(self, netns: Netns) -> list[str]:
         """Wire the pod."""
@@ -103,6 +99,15 @@ class Reference:
 
     def _call(self, command: str, netns: Netns, **more: object) -> subprocess.CompletedProcess[str]:
         return _call(self._node, self._plugin, command, netns, json.dumps({**self._config, **more}), {})
+
+
+def podlane(directory: Path, stack: ExitStack, ipam: Mapping[str, object] | None = None, **config: object) -> Podlane:
+    """Start podlane on a machine of its own, with hooks attached as told."""
+    directory.mkdir()
+    machine = Machine(directory, stack, **config)
+    machine.world = machine.add_uplink()
+    machine.start_agent()
+    return Podlane(machine, ipam)
 
 
 def host_local(octet: int) -> dict[str, object]:
@@ -158,12 +163,12 @@ def joined(runtime: Runtime, stack: ExitStack) -> Pair:
     return Pair(pods[0], pods[1], (addresses[1][0], addresses[1][1]))
 
 
-def sink(netns: Netns, address: str) -> socket.socket:
-    """Return a UDP socket in the namespace, bound to the discard port, that nobody reads."""
+def sink(netns: Netns, address: str, port: int = 9) -> socket.socket:
+    """Return a UDP socket in the namespace, by default bound to the discard port, that nobody reads."""
 
     def bind() -> socket.socket:
         receiver = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-        receiver.bind((address, 9))
+        receiver.bind((address, port))
         return receiver
 
     return netns.call(bind)

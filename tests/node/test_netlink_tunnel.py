@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent import netlink
+from agent.netlink.tables import OwnRoute
 from agent.state import HostRoute, Network, PeerRoute, TunnelDevice
 from agent.wiring import HOST_MAC
 from tests.node.namespaces import ip, run, two_host_ends
@@ -154,6 +156,19 @@ class TestPeerRoutes:
         for moved in ({V4: PeerRoute(uplink, NEAR), V6: PeerRoute(uplink, NEAR6)}, wanted):
             assert routes.upsert(moved) == {}
             assert routes.read() == moved
+
+    def test_memory_does_not_grow_with_what_was(self, uplink: int) -> None:
+        """Routes are read as the very objects that were written, and those of earlier ones are forgotten."""
+        routes, many = netlink.PeerRouteTable(), [ip_network((10 << 24 | number << 8, 24)) for number in range(1500)]
+        for gateway in (NEAR, NEAR6, NEAR, NEAR6):
+            wanted: dict[Network, PeerRoute] = {network: PeerRoute(uplink, gateway) for network in many}
+            assert routes.upsert(wanted) == {}
+            found = routes.read()
+            assert found == wanted
+            assert all(found[network] is wanted[network] for network in many)
+        gc.collect()
+        assert sum(isinstance(each, OwnRoute) for each in gc.get_objects()) < 2 * len(many)
+        assert routes.delete(many) == {}
 
     def test_one_address(self, table: netlink.TunnelDeviceTable, uplink: int) -> None:
         """A peer's prefix of one address is no local pod's, and the other way round."""

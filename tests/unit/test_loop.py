@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -142,6 +143,26 @@ def test_burst_of_events_is_one_full_pass(slow: World) -> None:
         slow.wait_until(lambda: bool(slow.journal))
         slow.sync()
         assert slow.journal == [("read", name) for name in NAMES]
+
+
+def test_many_entries_are_read_seldom(slow: World) -> None:
+    """What took long to read, as routes to thousands of nodes do, is not read again with the next full passes."""
+
+    def toil() -> None:
+        until = time.thread_time() + 0.1
+        while time.thread_time() < until:
+            pass
+
+    slow.table("peer_routes").before_read = toil
+    with slow.running():
+        key, value = FOREIGN["peer_routes"]
+        slow.table("peer_routes").objects[key] = value
+        slow.journal.clear()
+        slow.loop.kernel_changed()
+        slow.wait_until(lambda: ("read", "subnets") in slow.journal)
+        slow.sync()
+        assert {name for what, name in slow.journal if what == "read"} == set(NAMES) - {"prefixes", "peer_routes"}
+        assert key in slow.table("peer_routes").objects
 
 
 def test_sync_waits_for_a_pass_that_began_later(slow: World) -> None:
