@@ -46,8 +46,7 @@ from agent.upkeep import Devices, Upkeep
 
 log = logging.getLogger(__name__)
 
-_FULL_PASS_PAUSE = 0.2  # seconds, at least; a burst of kernel events leads to one full pass, not to one each
-_FULL_PASS_SHARE = 20  # times as long as the last one took, if that is more: what podlane does makes events, too
+_FULL_PASS_PAUSE = 0.2  # seconds; a burst of kernel events leads to one full pass, not to one each
 _SHARE = 50  # times as long as reading them took, the tables of other nodes are not read again
 _QUIET = 1.0  # seconds without a request, after which there is time for what can wait
 
@@ -129,7 +128,6 @@ class Loop:
         self._done = 0  # requests that a finished pass has covered
         self._trouble = ""  # why the last pass failed as a whole, if it did
         self._full_due = time.monotonic()
-        self._full_pause = _FULL_PASS_PAUSE
         self._many_due = self._full_due
         self._settle_due = self._full_due + _QUIET
         self._guests: tuple[Pod, ...] = ()
@@ -156,7 +154,7 @@ class Loop:
     def kernel_changed(self) -> None:
         """Note that something may have changed behind our back: a full pass follows soon."""
         with self._condition:
-            self._full_due = min(self._full_due, time.monotonic() + self._full_pause)
+            self._full_due = min(self._full_due, time.monotonic() + _FULL_PASS_PAUSE)
             self._condition.notify_all()
 
     def wake(self) -> None:
@@ -257,7 +255,6 @@ class Loop:
         return self._stopped or self._requested > self._done or time.monotonic() >= due
 
     def _pass(self, full: bool) -> None:
-        started = time.thread_time()
         pods = [*self._store.pods(), *self._guests]
         before, macs, queued = self._known, self._inside.macs, self._inside.queued
         is_full = full or before is None
@@ -280,7 +277,6 @@ class Loop:
             self._apply(self._plan(pods), known)
         if is_full:
             self._upkeep.finish()
-            self._full_pause = max(_FULL_PASS_PAUSE, _FULL_PASS_SHARE * (time.thread_time() - started))
 
     def _read(self, before: State | None) -> State:
         """Read the kernel; but what there may be thousands of, so seldom that it takes little of a processor."""
