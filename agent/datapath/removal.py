@@ -8,6 +8,8 @@ from pathlib import Path
 from ..state import KernelError
 from . import libbpf
 
+_LINKS = ("links", "sockets")
+
 
 def remove(pin_dir: Path) -> Iterator[str]:
     """Detach the pinned links, then remove all pins; yield what there was. Raises KernelError.
@@ -15,11 +17,11 @@ def remove(pin_dir: Path) -> Iterator[str]:
     Maps and programs end with their last user: what has just been detached may run for a moment yet.
     """
     try:
-        for name in ("links", "programs", "maps"):
+        for name in (*_LINKS, "programs", "maps"):
             folder = pin_dir / name
             pins = sorted(folder.iterdir()) if folder.is_dir() else []
             for pin in pins:
-                if name == "links":
+                if name in _LINKS:
                     _detach(pin)
                 pin.unlink()
             if pins:
