@@ -73,6 +73,23 @@ class Cluster:
         ]
         return sorted(found, key=lambda peer: peer.node)
 
+    @property
+    def image(self) -> str:
+        """The image that peers run: podlane's own, which is on every node already and has Python."""
+        return str(self.podlane_pods()[0]["spec"]["containers"][0]["image"])
+
+    def start(self, pod: Document) -> Peer:
+        """Start a single pod; return it when it is ready."""
+        name = pod["metadata"]["name"]
+        self.apply(pod)
+        self.kubectl("-n", self.namespace, "wait", "--for=condition=Ready", f"pod/{name}", "--timeout=120s")
+        (peer,) = self.peers(name)
+        return peer
+
+    def end(self, peer: Peer) -> None:
+        """Delete a pod, and wait until it is gone."""
+        self.kubectl("-n", self.namespace, "delete", "pod", peer.name, "--ignore-not-found")
+
     def ask(self, peer: Peer, requests: Sequence[Document]) -> list[Document]:
         """Have a pod carry out requests; return the answers."""
         command = ["python3", "/peer/peer.py", "ask", str(peer.port), json.dumps(requests)]
@@ -100,6 +117,29 @@ class Cluster:
 
 def daemonset(namespace: str, app: str, image: str) -> Document:
     """Return a DaemonSet of peers, one on each node; that of the application "host" in the nodes' own network."""
+    labels = {"app": app}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": {"name": app, "namespace": namespace},
+        "spec": {
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": _spec(app, image)},
+        },
+    }
+
+
+def pod(namespace: str, app: str, image: str, node: str) -> Document:
+    """Return a single peer, the only pod of its application, on a node."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": app, "namespace": namespace, "labels": {"app": app}},
+        "spec": {**_spec(app, image), "nodeName": node},
+    }
+
+
+def _spec(app: str, image: str) -> Document:
     is_host = app == "host"
     port = HOST_PORT if is_host else PORT
     container = {
@@ -109,22 +149,12 @@ def daemonset(namespace: str, app: str, image: str) -> Document:
         "volumeMounts": [{"name": "peer", "mountPath": "/peer"}],
         "readinessProbe": {"httpGet": {"path": "/who", "port": port}, "periodSeconds": 1},
     }
-    spec = {
+    return {
         "hostNetwork": is_host,
         "terminationGracePeriodSeconds": 0,
         "tolerations": [{"operator": "Exists"}],
         "containers": [container],
         "volumes": [{"name": "peer", "configMap": {"name": "peer"}}],
-    }
-    labels = {"app": app}
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "DaemonSet",
-        "metadata": {"name": app, "namespace": namespace},
-        "spec": {
-            "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": spec},
-        },
     }
 
 

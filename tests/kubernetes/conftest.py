@@ -17,17 +17,13 @@ APPS = ("one", "other", "host")
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Fill the cluster with peers: on each node two pods, and one in the node's network; and services.
-
-    They run podlane's own image, which is on every node already and has Python.
-    """
+    """Fill the cluster with peers: on each node two pods, and one in the node's network; and services."""
     cluster = Cluster(_KUBECONFIG)
     cluster.wait_rolled_out()
-    image = cluster.podlane_pods()[0]["spec"]["containers"][0]["image"]
     cluster.kubectl("create", "namespace", cluster.namespace)
     try:
         namespace = cluster.namespace
-        cluster.apply(script(namespace), *(daemonset(namespace, app, image) for app in APPS))
+        cluster.apply(script(namespace), *(daemonset(namespace, app, cluster.image) for app in APPS))
         cluster.apply(service(namespace, "one", {"app": "one"}))
         for app in APPS:
             cluster.kubectl("-n", namespace, "rollout", "status", f"daemonset/{app}", "--timeout=120s")

@@ -184,12 +184,13 @@ def ping(address: str, _: int) -> Document:
 
 
 def fetch(address: str, port: int, count: int) -> Document:
-    """Fetch so many bytes, and compare them."""
+    """Fetch so many bytes, and compare them; tell how long it took."""
+    begin = time.monotonic()
     with _get(address, port, f"/bytes/{count}") as answer:
         for expected in content(count):
             if answer.read(len(expected)) != expected:
                 raise OSError("other bytes than were sent")
-        return {"bytes": count}
+        return {"bytes": count, "seconds": time.monotonic() - begin}
 
 
 def _get(address: str, port: int, path: str) -> http.client.HTTPResponse:

@@ -49,9 +49,12 @@ def _set_rules(cluster: Cluster, rules: list[Document]) -> None:
 
 
 def _claim_no_network(cluster: Cluster, node: str) -> None:
-    condition = {"type": "NetworkUnavailable", "status": "True", "reason": "Test"}
-    patch = json.dumps({"status": {"conditions": [condition]}})
-    cluster.kubectl("patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch)
+    found = cluster.get("node", node)
+    del found["metadata"]["resourceVersion"]  # whatever the kubelet has reported meanwhile
+    for condition in found["status"]["conditions"]:
+        if condition["type"] == "NetworkUnavailable":
+            condition.update(status="True", reason="Test")
+    cluster.kubectl("replace", "--raw", f"/api/v1/nodes/{node}/status", "-f", "-", document=found)
 
 
 def _restart_agent(cluster: Cluster, node: str) -> None:
