@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..state import KernelError
-from . import libbpf
+from . import links
 
 _LINKS = ("links", "sockets")  # at devices, and at calls on sockets
 
@@ -22,8 +22,9 @@ def remove(pin_dir: Path) -> Iterator[str]:
             pins = sorted(folder.iterdir()) if folder.is_dir() else []
             for pin in pins:
                 if name in _LINKS:
-                    _detach(pin)
-                pin.unlink()
+                    links.detach(pin)
+                else:
+                    pin.unlink()
             if pins:
                 yield f"{name}: {len(pins)}"
             if folder.is_dir():
@@ -32,10 +33,3 @@ def remove(pin_dir: Path) -> Iterator[str]:
             pin_dir.rmdir()
     except OSError as error:
         raise KernelError(f"remove the pins in {pin_dir}: {error}") from error
-
-
-def _detach(pin: Path) -> None:
-    link = libbpf.open_pin(pin)
-    if link is not None:
-        with libbpf.closing(link):
-            libbpf.link_detach(link, str(pin))

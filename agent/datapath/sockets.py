@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..state import KernelError
-from . import libbpf
+from . import libbpf, links
 from .entries import failures
 from .loader import Datapath
 
@@ -31,7 +31,7 @@ class SocketHooks:
     def read(self) -> dict[str, int]:
         """Return what runs; 0 where it is not the program of this datapath, or the cgroup is gone."""
         found: dict[str, int] = {}
-        for call in self._pinned():
+        for call in links.names(self._pins):
             link = libbpf.open_pin(self._pins / call)
             if link is not None:
                 with libbpf.closing(link):
@@ -45,7 +45,7 @@ class SocketHooks:
 
     def delete(self, keys: Iterable[str]) -> dict[str, KernelError]:
         """Detach programs; return the failures."""
-        return failures(keys, self._detach)
+        return failures(keys, lambda call: links.detach(self._pins / call))
 
     def _attach(self, call: str, cgroup: int) -> None:
         what = f"{call} at the sockets of {self._cgroup}"
@@ -55,7 +55,7 @@ class SocketHooks:
                 if libbpf.link_info(link, what).target == cgroup:
                     libbpf.link_update(link, self._programs[call], what)
                     return
-            self._detach(call)
+            links.detach(self._pins / call)
         libbpf.make_folder(self._pins)
         try:
             folder = os.open(self._cgroup or "", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -65,23 +65,3 @@ class SocketHooks:
             created = libbpf.link_create(self._programs[call], folder, libbpf.SOCKET_CALLS[call], what)
         with libbpf.closing(created):
             libbpf.pin(created, self._pins / call)
-
-    def _detach(self, call: str) -> None:
-        pin = self._pins / call
-        link = libbpf.open_pin(pin)
-        if link is None:
-            return
-        with libbpf.closing(link):
-            libbpf.link_detach(link, str(pin))
-        try:
-            pin.unlink(missing_ok=True)
-        except OSError as error:
-            raise KernelError(f"unpin link {pin}: {error}") from error
-
-    def _pinned(self) -> list[str]:
-        try:
-            return [pin.name for pin in self._pins.iterdir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise KernelError(f"list links: {error}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..state import Attached, Hook, KernelError
-from . import libbpf
+from . import libbpf, links
 from .entries import EndpointTable, failures
 from .loader import Datapath
 
@@ -83,7 +83,7 @@ class TcxHooks:
     def read(self) -> dict[Hook, Attached]:
         """Return what runs where: program "stale:<id>" if none of ours, ifindex 0 if the device is gone."""
         attached: dict[Hook, Attached] = {}
-        for pin in self._pins():
+        for pin in links.names(self._links):
             path = f"{self._links}/{pin}"
             link = libbpf.open_pin(path)
             if link is not None:
@@ -99,7 +99,7 @@ class TcxHooks:
 
     def delete(self, keys: Iterable[Hook]) -> dict[Hook, KernelError]:
         """Detach programs; return the failures."""
-        return failures(keys, self._detach)
+        return failures(keys, lambda hook: links.detach(self._pin(hook)))
 
     def _attach(self, hook: Hook, wanted: Attached) -> None:
         what = f"{wanted.program} at {hook.direction} of {hook.device} (index {wanted.ifindex})"
@@ -113,7 +113,7 @@ class TcxHooks:
                 if libbpf.link_info(link, str(pin)).target == wanted.ifindex:
                     libbpf.link_update(link, program, what)
                     return
-        self._detach(hook)
+        links.detach(pin)
         libbpf.make_folder(self._links)
         try:
             created = libbpf.link_create(program, wanted.ifindex, _ATTACH_TYPES[hook.direction], what)
@@ -137,26 +137,6 @@ class TcxHooks:
                     raise KernelError(f"rename the pinned link of {old.device}: {error}") from error
                 return True
         return False
-
-    def _detach(self, hook: Hook) -> None:
-        pin = self._pin(hook)
-        link = libbpf.open_pin(pin)
-        if link is None:
-            return
-        with libbpf.closing(link):
-            libbpf.link_detach(link, str(pin))
-        try:
-            pin.unlink(missing_ok=True)
-        except OSError as error:
-            raise KernelError(f"unpin link {pin}: {error}") from error
-
-    def _pins(self) -> list[str]:
-        try:
-            return [pin.name for pin in self._links.iterdir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise KernelError(f"list links: {error}") from error
 
     def _pin(self, hook: Hook) -> Path:
         # bpffs reserves dots, which device names may have ("eth0.100"); what they cannot have are "%" and ":".

@@ -35,7 +35,6 @@ CACHE = ROOT / "build" / "image"
 DEFAULT_NAME = "podlane:dev"
 
 SUITE = "bookworm"
-_MIRROR = "http://deb.debian.org"
 _SNAPSHOTS = "http://snapshot.debian.org/archive"
 _FORMAT = 1  # part of the caches' keys: raise it when what this script writes changes
 
@@ -85,9 +84,10 @@ def build(output: Path, *, name: str = DEFAULT_NAME, snapshot: str = "", cache: 
 
 def _write_debian(layer: Path, packages: list[str], snapshot: str) -> None:
     """Extract packages and what they depend on; nothing of theirs is run, since no service or shell is wanted."""
-    at = f"{_SNAPSHOTS}/{{}}/{snapshot}" if snapshot else f"{_MIRROR}/{{}}"
-    sources = [f"deb {at.format('debian')} {suite} main" for suite in (SUITE, f"{SUITE}-updates")]
-    sources.append(f"deb {at.format('debian-security')} {SUITE}-security main")
+    sources = []  # mmdebstrap's own: Debian's archive, with its updates and security updates
+    if snapshot:
+        sources = [f"deb {_SNAPSHOTS}/debian/{snapshot} {suite} main" for suite in (SUITE, f"{SUITE}-updates")]
+        sources.append(f"deb {_SNAPSHOTS}/debian-security/{snapshot} {SUITE}-security main")
     with _scratch(layer.parent) as tree:
         command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract", f"--include={','.join(packages)}"]
         command += ["--skip=check/empty"] + ['--aptopt=Acquire::Check-Valid-Until "false"'] * bool(snapshot)
