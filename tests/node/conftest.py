@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.kubernetes import Api
+from tests.node.api.followers import Following, numbered
+from tests.node.api.server import ApiServer
 from tests.node.cluster import Cluster, made_cluster
 from tests.node.contract import Container, container
 from tests.node.internet import Internet
@@ -65,3 +68,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Yield a node with services and host ports, for tests that leave it as they found it."""
     with made_cluster(tmp_path_factory.mktemp("node")) as it:
         yield it
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ApiServer]:
+    """Serve three nodes by a Kubernetes API."""
+    it = ApiServer(tmp_path)
+    it.objects.put(*(numbered(number) for number in range(3)))
+    it.start()
+    yield it
+    it.stop()
+
+
+@pytest.fixture
+def following(server: ApiServer) -> Iterator[Following]:
+    """Follow these nodes, with a kubeconfig; the watch has begun."""
+    kubeconfig = server.write_kubeconfig()
+    it = Following(lambda: Api(kubeconfig))
+    it.wait_until_known("node-000", "node-001", "node-002")
+    it.wait_for(lambda: server.watches == 1, "a watch")
+    yield it
+    it.source.stop()

@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
-from pathlib import Path
-
-import pytest
 
 from agent.cluster import ClusterNode
 from agent.kubernetes import Api
 from tests.node.api.followers import Following, numbered
 from tests.node.api.objects import make_node
 from tests.node.api.server import ApiServer
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ApiServer]:
-    """Serve three nodes."""
-    it = ApiServer(tmp_path)
-    it.objects.put(*(numbered(number) for number in range(3)))
-    it.start()
-    yield it
-    it.stop()
-
-
-@pytest.fixture
-def following(server: ApiServer) -> Iterator[Following]:
-    """Follow them, with a kubeconfig; the watch has begun."""
-    kubeconfig = server.write_kubeconfig()
-    it = Following(lambda: Api(kubeconfig))
-    it.wait_until_known("node-000", "node-001", "node-002")
-    it.wait_for(lambda: server.watches == 1, "a watch")
-    yield it
-    it.source.stop()
 
 
 def test_what_is_kept_of_a_node(server: ApiServer, following: Following) -> None:
