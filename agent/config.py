@@ -172,7 +172,8 @@ class Tunnel(_Model):
 
     port: _Port = 4789
     """UDP port. Default: IANA's, which network cards and tools know. Another tunnel of the host's on the same port
-    (Calico's, Docker Swarm's) must go first, or one of the two needs another port."""
+    (Calico's, Docker Swarm's) must go first, or one of the two needs another port: meanwhile a node that reaches others
+    by the tunnel is not ready."""
     vni: Annotated[int, Field(strict=True, ge=1, lt=1 << 24)] = 112
     """The network's number in the tunnel: two clusters with the same one must not reach each other's port. Default: not
     what others have by default (flannel 1, Calico 4096)."""

@@ -65,6 +65,7 @@ class Following:
             node=self._config.node_name,
             own=lambda: source.own,
             is_ready=lambda: not self._readiness.reason,
+            cut_off=lambda: self._readiness.cut_off,
             troubles=self._troubles,
             startup_taint=settings.startup_taint,
         )
@@ -117,6 +118,8 @@ class Following:
         """Return what needs a person, by the reason of its event."""
         troubles = {"DatapathFailed": self._readiness.unproved}
         troubles["PodCIDRConflict"] = self._readiness.refused()
+        if missing := self._readiness.no_tunnel():
+            troubles["TunnelUnavailable"] = self._readiness.cut_off or f"no node needs the tunnel now, but {missing}"
         return {reason: message for reason, message in troubles.items() if message}
 
 

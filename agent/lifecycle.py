@@ -55,6 +55,16 @@ class Stop:
     asked: bool = False
 
 
+@dataclass(frozen=True)
+class _Running:
+    """What the main thread needs of an agent that has started."""
+
+    chores: Sequence[Callable[[], None]]
+    """What is to be done time and again."""
+    scratch: ScratchPod
+    loop: Loop
+
+
 def run(config: Config, version: str, stop: Stop, config_path: Path | None = None) -> NoReturn:
     """Run an agent. Pods and what carries their packets stay as they are when it ends, by SystemExit.
 
@@ -70,17 +80,17 @@ def run(config: Config, version: str, stop: Stop, config_path: Path | None = Non
         try:
             lock_state(config.paths.state, cleanup)
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
-            chores, scratch = _start(config, config_path, surroundings, metrics, readiness, cleanup)
+            running = _start(config, config_path, surroundings, metrics, readiness, cleanup)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             failure = f"{error}{requirements.remark(os.uname().release)}"
             tell_failure(config, failure)
             raise StartError(failure) from error
         while not stop.asked:
-            for chore in chores:
+            for chore in running.chores:
                 chore()
             if readiness.unproved:
-                _prove(scratch, metrics, readiness)
-            if not readiness.unproved and not (readiness.uninstalled and readiness.unaddressed()):
+                _prove(running.scratch, metrics, readiness)
+            if not readiness.unproved and (not readiness.uninstalled or _can_serve(running.loop, readiness)):
                 _install(config, readiness)
             time.sleep(min(config.resync_seconds, _UNREADY_SECONDS) if readiness.uninstalled else config.resync_seconds)
     raise SystemExit
@@ -101,11 +111,8 @@ def _start(
     metrics: Metrics,
     readiness: Readiness,
     cleanup: ExitStack,
-) -> tuple[Sequence[Callable[[], None]], ScratchPod]:
-    """Bring the datapath in force, settle what an earlier agent left, and serve launchers.
-
-    Returns what is to be done time and again, and the pod of the self-test.
-    """
+) -> _Running:
+    """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
     sysctls = Sysctls(config.masquerade, Journal(config.paths.state, boot_id()))
     for changed in sysctls.ensure():
         log.info("set sysctl=%s", changed)
@@ -129,6 +136,8 @@ def _start(
         sysctls=sysctls.ensure,
     )
     readiness.trouble = loop.trouble
+    readiness.no_tunnel = partial(loop.refusal, "tunnel_devices", netlink.TUNNEL)
+    readiness.needs_tunnel = lambda: surroundings.peers.needs_tunnel
     node = Node(
         store=store,
         wiring=wiring,
@@ -153,7 +162,7 @@ def _start(
     following.start(loop.wake, metrics, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
     spool = _serve_launchers(config.paths, node, metrics, cleanup)
-    return (spool.drain, gc.collect, following.poll), scratch
+    return _Running((spool.drain, gc.collect, following.poll), scratch, loop)
 
 
 def _outside(surroundings: Surroundings, membership: Membership, store: Store, look: bool) -> Outside:
@@ -243,6 +252,17 @@ def _prove(scratch: ScratchPod, metrics: Metrics, readiness: Readiness) -> None:
         return
     readiness.unproved = ""
     log.info("the datapath works")
+
+
+def _can_serve(loop: Loop, readiness: Readiness) -> bool:
+    """Say whether the runtime can be told of podlane for the first time: there are addresses, and ways to all nodes."""
+    if readiness.unaddressed() or readiness.limited:
+        return False
+    try:
+        loop.sync(_FIRST_PASS_SECONDS)  # only a pass finds out whether what the cluster has just told can be had
+    except (KernelError, TimeoutError):
+        return False
+    return not readiness.limited
 
 
 def _install(config: Config, readiness: Readiness) -> None:

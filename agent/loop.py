@@ -193,6 +193,10 @@ class Loop:
         for address in self._outside.node_addresses.intersection(addresses):
             raise AddressTaken(f"{address} is in use by the node itself")
 
+    def refusal(self, table: str, key: object) -> str:
+        """Say why the kernel refuses an object of a table at present; empty if it does not."""
+        return self._failures.get(f"{table} {key}") or ""
+
     def check(self, pod: Pod) -> None:
         """Raise KernelError unless all that the pod needs is in force, as far as the last pass knows."""
         known = self._known or State()
@@ -204,7 +208,7 @@ class Loop:
         for name in _NAMES:
             needed = getattr(desired, name)
             for key in diff(needed, getattr(known, name)).upsert if needed else ():
-                raise KernelError(self._failures.get(f"{name} {key}") or f"{name} {key} is not in force")
+                raise KernelError(self.refusal(name, key) or f"{name} {key} is not in force")
 
     def _run(self) -> None:
         while True:

@@ -64,6 +64,8 @@ class Peers:
     prefixes: dict[Network, Lanes] = field(default_factory=dict)
     counts: Mapping[tuple[Lane, int], int] = field(default_factory=dict)
     """How many nodes are reached by which lane, by lane and family."""
+    needs_tunnel: bool = False
+    """Whether anything of theirs is reached by the tunnel, be it there or not."""
 
 
 class Ways:
@@ -110,7 +112,14 @@ def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
             if network not in prefixes or _is_called_at(network, lanes):
                 prefixes[network] = lanes
         counts.update((lane, family) for family, lane in way.lanes.items())
-    return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts)
+    needs_tunnel = any(map(_needs_tunnel, ways.values()))
+    return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts, needs_tunnel)
+
+
+def _needs_tunnel(way: Way) -> bool:
+    """Say whether the tunnel leads to anything of the node's: a lane of a family that it has nothing of does not."""
+    tunnelled = {family for family, lane in way.lanes.items() if lane == "vxlan"}
+    return way.peer is not None and bool(tunnelled) and any(each.version in tunnelled for each in way.prefixes)
 
 
 def _is_called_at(network: Network, lanes: Lanes) -> bool:

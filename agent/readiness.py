@@ -25,11 +25,21 @@ class Readiness:
 
     refused: Callable[[], str] = lambda: ""
     """Says which of the node's own pod CIDRs is another node's; empty if none."""
+    no_tunnel: Callable[[], str] = lambda: ""
+    """Says why there is no tunnel to other nodes; empty if there is one, or nobody asked for one."""
+    needs_tunnel: Callable[[], bool] = lambda: False
+    """Says whether another node, or its pods, are reached by the tunnel."""
+
+    @property
+    def cut_off(self) -> str:
+        """Why other nodes cannot be reached; empty if they can. A tunnel that nobody needs now is not missed."""
+        missing = self.no_tunnel()
+        return f"other nodes cannot be reached: {missing}" if missing and self.needs_tunnel() else ""
 
     @property
     def limited(self) -> str:
-        """Why ADD cannot be served now, if running pods may be cut off as well; else empty."""
-        return self.unproved or self.trouble()
+        """Why pods cannot be served as they should be now, if running ones may be cut off as well; else empty."""
+        return self.unproved or self.trouble() or self.cut_off
 
     @property
     def reason(self) -> str:

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 NODE_READY_REASON = "PodlaneIsUp"
 """The reason of the node's condition NetworkUnavailable=False."""
 
+NODE_CUT_OFF_REASON = "PodlaneIsCutOff"
+"""The reason of the node's condition NetworkUnavailable=True."""
+
 _COMPONENT = "podlane-agent"
 _NAMESPACE = "default"  # where events of objects without a namespace are
 _CHECK_SECONDS = 1.0
@@ -32,7 +35,10 @@ Troubles = Callable[[], Mapping[str, str]]
 
 
 class Herald:
-    """Sets the node's condition and removes its start-up taint while the node is ready, and writes events."""
+    """Sets the node's condition, removes its start-up taint while the node is ready, and writes events.
+
+    The condition stays as it is while the node is neither ready nor cut off, as when an agent starts.
+    """
 
     def __init__(
         self,
@@ -41,17 +47,22 @@ class Herald:
         node: str,
         own: Callable[[], OwnNode | None],
         is_ready: Callable[[], bool],
+        cut_off: Callable[[], str],
         troubles: Troubles,
         startup_taint: str,
     ) -> None:
-        """`own` tells the node as it is in the API; `startup_taint` is a key, empty for none."""
+        """`own` tells the node as it is in the API; `startup_taint` is a key, empty for none.
+
+        `cut_off` says why the node does not reach the others; empty if it does.
+        """
         self._connect = connect
         self._node = node
         self._own = own
         self._is_ready = is_ready
+        self._cut_off = cut_off
         self._troubles = troubles
         self._taint = startup_taint
-        self._done = ""  # the version of the own Node at which all was as it shall be, or asked for
+        self._done = ("", "")  # the version of the own Node at which all was as it shall be, or asked for; and why not
         self._told: dict[tuple[str, str], float] = {}
         self._failure = ""
         self._stopped = threading.Event()
@@ -89,10 +100,10 @@ class Herald:
 
     def _tell(self) -> None:
         """Bring the cluster up to date, if it is not. Raises ApiError, Conflict."""
-        own = self._own()
-        if own is not None and own.version != self._done and self._is_ready():
-            self._correct(own)
-            self._done = own.version
+        own, cut_off = self._own(), self._cut_off()
+        if own is not None and (own.version, cut_off) != self._done and (cut_off or self._is_ready()):
+            self._correct(own, cut_off)
+            self._done = (own.version, cut_off)
         now = time.monotonic()
         current = dict(self._troubles())
         self._told = {each: when for each, when in self._told.items() if now - when < _EVENT_SECONDS}
@@ -101,11 +112,11 @@ class Herald:
                 tell_once(self._connect, self._node, *trouble)
                 self._told[trouble] = now
 
-    def _correct(self, own: OwnNode) -> None:
-        is_unavailable = own.network_unavailable != "False"
+    def _correct(self, own: OwnNode, cut_off: str) -> None:
+        wanted = "True" if cut_off else "False"
         kept = [each for each in own.taints if each.get("key") != self._taint]
-        is_tainted = len(kept) < len(own.taints)
-        if not is_unavailable and not is_tainted:
+        is_tainted = len(kept) < len(own.taints) and not cut_off
+        if own.network_unavailable == wanted and not is_tainted:
             return
         with self._connect() as api:
             path = f"/api/v1/nodes/{quote(self._node)}"
@@ -114,9 +125,10 @@ class Herald:
                 version = {"resourceVersion": own.version}
                 api.patch(path, {"metadata": version, "spec": {"taints": kept}}, "merge")
                 log.info("removed the start-up taint key=%s", self._taint)
-            if is_unavailable:
-                api.patch(f"{path}/status", {"status": {"conditions": [_condition()]}}, "strategic-merge")
-                log.info("told the cluster that this node's network works")
+            if own.network_unavailable != wanted:
+                condition = _condition(wanted, cut_off)
+                api.patch(f"{path}/status", {"status": {"conditions": [condition]}}, "strategic-merge")
+                log.info("told the cluster of this node's network unavailable=%s", wanted)
 
 
 def tell_once(connect: Callable[[], Api], node: str, reason: str, message: str) -> None:
@@ -126,13 +138,13 @@ def tell_once(connect: Callable[[], Api], node: str, reason: str, message: str) 
     log.info("wrote an event reason=%s", reason)
 
 
-def _condition() -> dict[str, str]:
+def _condition(status: str, cut_off: str) -> dict[str, str]:
     now = _timestamp()
     return {
         "type": "NetworkUnavailable",
-        "status": "False",
-        "reason": NODE_READY_REASON,
-        "message": "podlane is running on this node",
+        "status": status,
+        "reason": NODE_CUT_OFF_REASON if cut_off else NODE_READY_REASON,
+        "message": cut_off or "podlane is running on this node",
         "lastHeartbeatTime": now,
         "lastTransitionTime": now,
     }

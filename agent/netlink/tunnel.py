@@ -12,7 +12,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import IFF_NOARP, IFF_UP, ifinfmsg
 from agent.netlink import sysctl
 from agent.netlink.addresses import FOREVER, IFA_F_NODAD, IFA_F_NOPREFIXROUTE
 from agent.netlink.channel import Request, attributes, errno_of, perform, request
-from agent.netlink.devices import ALIAS_PREFIX, TUNNEL, Link, delete_device, index, own_links
+from agent.netlink.devices import ALIAS_PREFIX, TUNNEL, Link, delete_device, index, links, own_links
 from agent.netlink.pods import set_link, up
 from agent.netlink.rtnl import (
     ADD,
@@ -33,6 +33,7 @@ from agent.netlink.uplinks import assigned_addresses
 from agent.state import Address, KernelError, TunnelDevice
 
 _ALIAS = f"{ALIAS_PREFIX}tunnel"
+_OF_VXLAN = ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "vxlan")]})
 
 
 class TunnelDeviceTable:
@@ -66,15 +67,14 @@ class TunnelDeviceTable:
         return failures
 
     def _read(self, link: Link) -> TunnelDevice:
-        data = attributes(attributes(link.attributes[IFLA_LINKINFO], 0).get(IFLA_INFO_DATA, b""), 0)
+        data = _data(link)
         flags = {key: bool(data.get(key, b"\0")[0]) for key in (IFLA_VXLAN_COLLECT_METADATA, IFLA_VXLAN_LEARNING)}
         sound = (
             flags == {IFLA_VXLAN_COLLECT_METADATA: True, IFLA_VXLAN_LEARNING: False}
             and link.attributes.get(IFLA_ADDRESS, b"").hex(":") == self._mac
             and link.flags & (IFF_UP | IFF_NOARP) == IFF_UP | IFF_NOARP
         )
-        port = int.from_bytes(data.get(IFLA_VXLAN_PORT, b""), "big")
-        return TunnelDevice(port, u32(link.attributes[IFLA_MTU]), _addresses(link.index), sound)
+        return TunnelDevice(_port(link), u32(link.attributes[IFLA_MTU]), _addresses(link.index), sound)
 
     def _put(self, wanted: TunnelDevice, found: TunnelDevice | None) -> None:
         if found is None or not found.sound or found.port != wanted.port:
@@ -107,7 +107,12 @@ class TunnelDeviceTable:
             ("IFLA_MTU", wanted.mtu),
             ("IFLA_LINKINFO", kind),
         ]
-        perform([request(f"create {TUNNEL}", ifinfmsg, RTM_NEWLINK, ADD, attributes=values)])
+        try:
+            perform([request(f"create {TUNNEL}", ifinfmsg, RTM_NEWLINK, ADD, attributes=values)])
+        except KernelError as error:
+            if errno_of(error) == errno.EEXIST and index(TUNNEL) is None:  # another of its kind has the port
+                raise _port_in_use(wanted.port) from error
+            raise
         try:
             perform([set_link(TUNNEL, wanted.mtu, [(IFLA_IFALIAS, _ALIAS)]), _without_arp()])
             _prepare()
@@ -115,9 +120,24 @@ class TunnelDeviceTable:
         except KernelError as error:
             delete_device(TUNNEL)
             if errno_of(error) == errno.EADDRINUSE:
-                reason = f"UDP port {wanted.port} is in use, perhaps by another network's tunnel: see tunnel.port"
-                raise KernelError(f"set {TUNNEL} up: {reason}") from error
+                raise _port_in_use(wanted.port) from error
             raise
+
+
+def _port_in_use(port: int) -> KernelError:
+    """Return the error that says who has the port, as far as the kernel tells, and what to do."""
+    holders = ", ".join(link.name for link in links(_OF_VXLAN) if link.name != TUNNEL and _port(link) == port)
+    by = f"the device {holders}" if holders else "a program, which `ss -ulnp` on the node names"
+    advice = "free it, or give podlane another tunnel.port on all nodes"
+    return KernelError(f"set {TUNNEL} up: UDP port {port} is in use, by {by}: {advice}")
+
+
+def _port(link: Link) -> int:
+    return int.from_bytes(_data(link).get(IFLA_VXLAN_PORT, b""), "big")
+
+
+def _data(link: Link) -> dict[int, bytes]:
+    return attributes(attributes(link.attributes[IFLA_LINKINFO], 0).get(IFLA_INFO_DATA, b""), 0)
 
 
 def _prepare() -> None:

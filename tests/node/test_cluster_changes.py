@@ -248,17 +248,21 @@ def test_agents_restart(it: Wired) -> None:
 
 
 def test_tunnel_port_is_taken(it: Wired) -> None:
-    """Where another tunnel has the port, the log says so; the node serves pods all the same, and heals by itself."""
+    """Where another tunnel has the port, the node is not ready, and says why; it serves pods, and heals by itself."""
     far = it.nodes.members[FAR]
     with it.undisturbed(FIRST, SECOND):
         far.kill_agent()
         far.netns.run("ip", "link", "delete", "podlane.vx")
         with other_tunnel(far):
-            far.start_agent()
+            far.start_agent(wait=False)
+            why = "other nodes cannot be reached: set podlane.vx up: UDP port 4789 is in use, by the device other"
+            far.wait_for(lambda: why in far.get("/readyz")[1], "the agent to miss the tunnel")
+            assert far.cni("STATUS", ifname="").json()["code"] == 51
             assert "UDP port 4789 is in use" in far.log_tail()
             far.delete_pod(it.pods[FAR])
             it.pods[FAR] = far.make_pod(far.name)
             it.wait_apart(FAR)
+        far.wait_ready()
         it.wait_talk()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.node.api.objects import make_node
 from tests.node.api.server import ApiServer
+from tests.node.echo import UDP, bound
 from tests.node.machine import Machine
 from tests.node.verbs import add, assert_refused
 
@@ -40,6 +41,12 @@ class Node(Machine):
         """Return the code and the reason that STATUS gives; 0 if all is well."""
         outcome = self.cni("STATUS", ifname="")
         return (outcome.json()["code"], outcome.json()["details"]) if outcome.exit_code else (0, "")
+
+    @property
+    def network_unavailable(self) -> str:
+        """What the API server has of that condition; empty if nothing."""
+        conditions = self.api.objects.get("n")["status"]["conditions"]
+        return next((str(each["status"]) for each in conditions if each["type"] == "NetworkUnavailable"), "")
 
     @property
     def conflist(self) -> Path:
@@ -179,6 +186,33 @@ def test_a_pod_cidr_that_an_older_node_has(node: Node) -> None:
     node.api.objects.delete("older")
     node.wait_ready()
     node.make_pod("c")
+
+
+def test_a_tunnel_port_that_is_taken(node: Node) -> None:
+    """A taken port is told of by an event; once a node needs the tunnel, all say that this one is cut off. It heals."""
+    node.register(V4, V6)
+    node.api.objects.put(make_node("other", ["10.77.1.0/24"], ["192.0.2.11"]))
+    port = "UDP port 4789 is in use, by a program"
+    with bound(node.netns, UDP, "192.0.2.10", 4789):
+        node.start_agent()
+        node.wait_for(lambda: [each["reason"] for each in node.api.objects.events] == ["TunnelUnavailable"], "an event")
+        told = node.api.objects.events[0]["message"]
+        assert told.startswith(f"no node needs the tunnel now, but set podlane.vx up: {port}")
+        node.wait_for(lambda: node.network_unavailable == "False", "the condition")
+        node.api.objects.put(make_node("other", ["10.77.1.0/24"], ["203.0.113.11"]))
+        node.wait_for(lambda: node.network_unavailable == "True", "the condition to change")
+        code, reason = node.status()
+        assert code == 51
+        assert reason.startswith(f"other nodes cannot be reached: set podlane.vx up: {port}")
+        assert node.get("/readyz") == (503, f"{reason}\n")
+        node.wait_for(lambda: node.api.objects.events[-1]["message"] == reason, "another event")
+        node.kill_agent()
+        node.conflist.unlink()
+        node.start_agent(wait=False)
+        node.wait_for(lambda: node.get("/readyz") == (503, f"{reason}\n"), "the next agent to say so, too")
+        assert not node.conflist.exists()
+    node.wait_ready()
+    node.wait_for(lambda: node.network_unavailable == "False", "the condition to be put right")
 
 
 def test_memory_does_not_grow_with_what_is_not_used(node: Node) -> None:

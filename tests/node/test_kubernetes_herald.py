@@ -17,6 +17,7 @@ from tests.node.api.server import ApiServer
 TAINT = {"key": "podlane.io/agent-not-ready", "effect": "NoSchedule", "value": "true"}
 OTHER = {"key": "dedicated", "effect": "NoExecute", "timeAdded": "2026-01-01T00:00:00Z"}
 UP = ("False", "PodlaneIsUp")
+CUT_OFF = ("True", "PodlaneIsCutOff")
 
 
 class Told:
@@ -26,6 +27,7 @@ class Told:
         kubeconfig = server.write_kubeconfig()
         self.server = server
         self.is_ready = False
+        self.cut_off = ""
         self.troubles: dict[str, str] = {}
         self.source = NodeSource(lambda: Api(kubeconfig), "n", lambda _: None, lambda: None)
         self.herald = Herald(
@@ -33,6 +35,7 @@ class Told:
             node="n",
             own=lambda: self.source.own,
             is_ready=lambda: self.is_ready,
+            cut_off=lambda: self.cut_off,
             troubles=lambda: self.troubles,
             startup_taint=TAINT["key"],
         )
@@ -113,6 +116,19 @@ def test_it_is_kept_so(told: Told, before: tuple[str, str]) -> None:
     told.wait_for(lambda: told.condition == UP, "the condition")
     told.set(taints=[TAINT], condition=before)
     told.wait_for(lambda: told.condition == UP and told.node["spec"]["taints"] == [], "both again")
+
+
+def test_a_node_that_is_cut_off(server: ApiServer, told: Told) -> None:
+    """A node that does not reach others is said to have no network, and stays tainted, until it is ready."""
+    told.cut_off = "UDP port 4789 is in use"
+    told.wait_for(lambda: told.condition == CUT_OFF, "the condition")
+    told.is_ready, told.cut_off = True, ""
+    told.wait_for(lambda: told.condition == UP and told.node["spec"]["taints"] == [OTHER], "both")
+    told.is_ready, told.cut_off = False, "UDP port 4789 is in use"
+    told.wait_for(lambda: told.condition == CUT_OFF, "the condition again")
+    assert told.node["status"]["conditions"][-1]["message"] == "UDP port 4789 is in use"
+    assert len(server.requests("PATCH", "nodes/status")) == 3
+    assert len(server.requests("PATCH")) == 1
 
 
 def test_what_others_say_to_the_same_effect_stays(server: ApiServer, told: Told) -> None:

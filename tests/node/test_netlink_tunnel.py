@@ -101,11 +101,20 @@ class TestDevice:
             assert table.read() == {NAME: DEVICE}
 
     def test_port_in_use(self, table: netlink.TunnelDeviceTable) -> None:
-        """If something else has the port, the failure says which, and nothing is left behind."""
+        """If a program has the port, the failure says which port, and how to find the program; nothing is left."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
             other.bind(("127.0.0.1", 4789))
             failures = table.upsert({NAME: DEVICE})
-        assert "UDP port 4789 is in use" in str(failures[NAME])
+        assert "UDP port 4789 is in use, by a program, which `ss -ulnp` on the node names" in str(failures[NAME])
+        assert netlink.index(NAME) is None
+
+    @pytest.mark.parametrize("kind", ["id 5", "external"])
+    def test_port_of_another_tunnel(self, table: netlink.TunnelDeviceTable, kind: str) -> None:
+        """If another tunnel of the kernel's has it, of whatever kind, the failure names the device."""
+        run(f"ip link add other up type vxlan {kind} dstport 4789 local 192.0.2.10")
+        run("ip link add harmless up type vxlan id 6 dstport 4790")
+        failures = table.upsert({NAME: DEVICE})
+        assert "UDP port 4789 is in use, by the device other: " in str(failures[NAME])
         assert netlink.index(NAME) is None
 
     def test_others_are_left_alone(self, table: netlink.TunnelDeviceTable) -> None:

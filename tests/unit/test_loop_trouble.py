@@ -58,6 +58,17 @@ def is_of(pod: str, world: World, key: object, value: object) -> bool:
     return index in (key, value, getattr(value, "ifindex", None), getattr(key, "ifindex", None))
 
 
+def test_refusal_can_be_asked_for(world: World) -> None:
+    """Whoever asks is told why an object is refused, as long as it is, and nothing of others."""
+    world.table("tunnel_devices").refused = {"podlane.vx": "EADDRINUSE"}
+    with world.running():
+        assert world.loop.refusal("tunnel_devices", "podlane.vx") == "EADDRINUSE"
+        assert world.loop.refusal("tunnel_devices", "podlane.other") == ""
+        world.table("tunnel_devices").refused = {}
+        world.full_pass()
+        assert world.loop.refusal("tunnel_devices", "podlane.vx") == ""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_refused_delete(world: World, name: str, errors: list[str]) -> None:
     """What cannot be deleted is tried again until it goes, and logged once."""

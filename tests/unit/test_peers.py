@@ -157,6 +157,22 @@ def test_only_what_changes_is_found_anew() -> None:
     assert third.ways["n0"].lanes[4] == "vxlan"
 
 
+def test_tunnel_is_needed() -> None:
+    """The tunnel is needed, be it there or not, where it leads to something of a node that can be called."""
+    assert find(place(), node(FAR)).needs_tunnel
+    assert find(replace(place(), tunnel=0), node(FAR)).needs_tunnel
+    assert find(place("vxlan"), node(NEAR, NEAR6)).needs_tunnel
+    assert find(place(), node(NEAR)).needs_tunnel
+    for where, nodes in (
+        (place(), [node(NEAR, NEAR6)]),
+        (place(), [node(NEAR, cidrs=[V4])]),
+        (place("direct"), [node(FAR)]),
+        (place(own=OWN[:1]), [node(FAR6)]),
+        (place("vxlan"), []),
+    ):
+        assert not find(where, *nodes).needs_tunnel
+
+
 def test_counted() -> None:
     """Nodes are counted by lane and family."""
     found = find(place(), node(NEAR, NEAR6), node(FAR, FAR6, name="far"), node(NEAR, name="old", cidrs=()))
