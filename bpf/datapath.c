@@ -176,7 +176,10 @@ int to_uplink(struct __sk_buff *skb)
             keep_in_stack(&transport, pod);
         return leave_from_pod(skb, &packet, &transport, known, fast);
     }
-    if (known && node_addresses.lookup(&packet.source)) {
+    bool is_nodes = node_addresses.lookup(&packet.source);
+    if (is_nodes && is_passed_on(skb, &packet, &transport, known))
+        return drop(skb, OUTCOME(drop_forged_peer));
+    if (known && is_nodes) {
         if (transport.quoted && masquerade_error(skb, &packet, &transport))
             return masqueraded_out(skb, &transport);
         struct note *note = transport.quoted ? find_note(&transport.tuple) : 0;

@@ -112,6 +112,13 @@ static bool is_link_local(const struct addr *address)
     return (address->word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
+/* The headers of IPv6 that others may follow (IANA's list of them), but those that nobody uses. */
+static bool is_extension(__u8 protocol)
+{
+    return protocol == IPPROTO_HOPOPTS || protocol == IPPROTO_ROUTING || protocol == IPPROTO_FRAGMENT ||
+           protocol == IPPROTO_AH || protocol == IPPROTO_DSTOPTS || protocol == IPPROTO_MH;
+}
+
 static enum kind parse_arp(struct __sk_buff *skb, struct packet *packet)
 {
     void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;

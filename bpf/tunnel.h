@@ -129,12 +129,35 @@ static bool is_forged(struct __sk_buff *skb, const struct packet *packet)
            !same_address(&claimed->peer, &known->peer);
 }
 
-/* Would this, masqueraded, seem to come out of the node's own tunnel? */
-static bool seems_wrapped(const struct transport *transport)
+/* The UDP port of all nodes' tunnels, in host byte order; 0: there are none. */
+static __u16 tunnel_port(void)
 {
     __u32 zero = 0;
     struct settings *options = settings.lookup(&zero);
 
-    return options && options->tunnel_port && transport->tuple.protocol == IPPROTO_UDP && !transport->quoted &&
-           transport->tuple.destination_port == bpf_htons(options->tunnel_port);
+    return options ? options->tunnel_port : 0;
+}
+
+/* Would this, masqueraded, seem to come out of the node's own tunnel? */
+static bool seems_wrapped(const struct transport *transport)
+{
+    __u16 port = tunnel_port();
+
+    return port && transport->tuple.protocol == IPPROTO_UDP && !transport->quoted &&
+           transport->tuple.destination_port == bpf_htons(port);
+}
+
+/*
+ * Does the node forward, under its own name, what would seem to come out of its tunnel? The rules of a service make it
+ * do that. What the node has wrapped, or sends itself, has come in by no device (skb_scrub_packet). Behind IPv6
+ * extension headers there may be UDP, where nobody has looked.
+ */
+static bool is_passed_on(struct __sk_buff *skb, const struct packet *packet, const struct transport *transport,
+                         bool known)
+{
+    if (!skb->ingress_ifindex)
+        return false;
+    if (known)
+        return seems_wrapped(transport);
+    return transport->part != PART_LATER && packet->is_ipv6 && is_extension(packet->protocol) && tunnel_port();
 }

@@ -90,6 +90,13 @@ def write_rules(netns: Netns, services: Sequence[Service], host_ports: Sequence[
         subprocess.run(netns.command(tool), input=rules, text=True, check=True, capture_output=True)
 
 
+def delete_rules(netns: Netns) -> None:
+    """Delete all rules of both families."""
+    for tool in ("iptables-restore", "ip6tables-restore"):
+        empty = "*filter\nCOMMIT\n*nat\nCOMMIT\n"
+        subprocess.run(netns.command(tool), input=empty, text=True, check=True, capture_output=True)
+
+
 def _service(service: Service, protocol: str, name: str) -> list[str]:
     version = ip_address(service.address).version
     to_it = f"-d {service.address} -p {protocol} -m {protocol} --dport {service.port}"

@@ -14,13 +14,17 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet
 
+from tests.node.cluster import PORT
+from tests.node.cluster import address as service_address
 from tests.node.echo import UDP, bound
 from tests.node.frames import COUNT, FENCE, PAYLOAD, Ears, packet
+from tests.node.kubeproxy import Service, delete_rules, write_rules
 from tests.node.machine import Netns
 from tests.node.mesh import Mesh, mesh
 from tests.node.nodes import BOTH, FAR, FIRST, V4, WORLD, nodes
 
 TUNNEL = {"port": 14789, "vni": 77}
+NODE_PORT = 30000
 SPARE = ("192.0.2.200", "2001:db8::200")
 """Addresses that the first node has, and nobody was told of."""
 families = pytest.mark.parametrize("family", BOTH)
@@ -158,6 +162,29 @@ def test_pod_wraps(it: Mesh, place: int, victim: str, family: int, *, spare: boo
                 ours.sendto(bytes(wrapped(it, inner)[VXLAN]), (node, TUNNEL["port"]))
 
     assert not arrives(it, send, packet(address(it, victim, family), it.pods[FIRST].addresses[family]))
+
+
+@families
+@pytest.mark.parametrize("victim", ["n3", "pod on n3"])
+@pytest.mark.parametrize("door", ["the service's address", "a NodePort", "a NodePort, from outside"])
+def test_services_wrap_nothing(it: Mesh, door: str, victim: str, family: int) -> None:
+    """A service that leads to a node's tunnel makes nobody pass for the node that masquerades for it."""
+    node, host = it.hosts[FIRST].addresses[family], it.hosts[FAR]
+    sender = it.world.netns if "outside" in door else it.pods[FAR].netns
+    service = Service(service_address(FAR, family), PORT, [node], TUNNEL["port"], NODE_PORT)
+    to = (service.address, PORT) if "service" in door else (host.addresses[family], NODE_PORT)
+    kind = (socket.AF_INET, socket.AF_INET6)[family]
+
+    def send(inner: Packet) -> None:
+        with sender.call(lambda: socket.socket(kind, socket.SOCK_DGRAM)) as ours:
+            for _ in range(COUNT):
+                ours.sendto(bytes(wrapped(it, inner)[VXLAN]), to)
+
+    write_rules(host.netns, [service])
+    try:
+        assert not arrives(it, send, packet(address(it, victim, family), it.pods[FIRST].addresses[family]))
+    finally:
+        delete_rules(host.netns)
 
 
 def test_host_is_safe(it: Mesh) -> None:

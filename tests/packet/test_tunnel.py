@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from scapy.all import ARP, UDP, Ether, Packet
+from scapy.all import ARP, UDP, Ether, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, Packet
 
 from agent.wiring import HOST_MAC
 
@@ -199,6 +199,35 @@ def test_pods_do_not_pass_for_the_tunnel(tunnel: Tunnel, family: int) -> None:
     assert tunnel.node.out(packet / request("udp", family, 5000, to_port=4789)).outcome == "drop_forged_peer"
     assert tunnel.node.out(packet / request("udp", family, 5000, to_port=4790)).outcome == "masq_out"
     assert tunnel.node.out(packet / request("tcp", family, 5000, to_port=4789)).outcome == "masq_out"
+
+
+@BY_FAMILY
+def test_the_node_forwards_nothing_for_the_tunnel(tunnel: Tunnel, family: int) -> None:
+    """Nor do services get it out under the node's address, for whomever; what the node sends itself goes."""
+    tunnel.node.configure(tunnel_port=4789)
+    packet = leaving(family, NODE[family], WORLD[family])
+    wrapped = packet / request("udp", family, 5000, to_port=4789)
+    for came_by in (tunnel.node.indexes[A], tunnel.node.uplink):
+        assert tunnel.node.out(wrapped, fast=False, came_by=came_by).outcome == "drop_forged_peer"
+        for other in (request("udp", family, 5000, to_port=4790), request("tcp", family, 5000, to_port=4789)):
+            assert tunnel.node.out(packet / other, fast=False, came_by=came_by).outcome == "fwd_host_out"
+    assert tunnel.node.out(wrapped, fast=False).outcome == "fwd_host_out"
+    tunnel.node.configure(tunnel_port=0)
+    assert tunnel.node.out(wrapped, fast=False, came_by=tunnel.node.uplink).outcome == "fwd_host_out"
+
+
+def test_extension_headers_hide_nothing_for_the_tunnel(tunnel: Tunnel) -> None:
+    """Nor behind IPv6 extension headers; a later fragment, which nothing can be made of, goes."""
+    tunnel.node.configure(tunnel_port=4789)
+    packet, wrapped = leaving(6, NODE[6], WORLD[6]), request("udp", 6, 5000, to_port=4789)
+    for hidden, outcome in (
+        (IPv6ExtHdrDestOpt() / wrapped, "drop_forged_peer"),
+        (IPv6ExtHdrFragment(m=1) / wrapped, "drop_forged_peer"),
+        (IPv6ExtHdrFragment(m=1, nh=60) / IPv6ExtHdrDestOpt() / wrapped, "drop_forged_peer"),
+        (IPv6ExtHdrFragment(offset=9, nh=17) / wrapped, "fwd_host_out"),
+    ):
+        assert tunnel.node.out(packet / hidden, fast=False, came_by=tunnel.node.uplink).outcome == outcome
+        assert tunnel.node.out(packet / hidden, fast=False).outcome == "fwd_host_out"
 
 
 @BY_FAMILY

@@ -127,9 +127,12 @@ class Node(Rig):
         """Run from_pod on what a pod sends."""
         return self.run(packet, pod=pod, gso_segments=2 if gso_size else 0, gso_size=gso_size)
 
-    def out(self, packet: Packet | bytes, *, fast: bool = True) -> Ran:
-        """Run to_uplink on what leaves the node: past the host stack, or through it."""
-        context = SkBuff(ifindex=self.uplink, mark=FAST if fast else 0)
+    def out(self, packet: Packet | bytes, *, fast: bool = True, came_by: int = 0) -> Ran:
+        """Run to_uplink on what leaves the node: past the host stack, or through it.
+
+        `came_by` is the index of the device by which the stack has got it, 0 for what it sends itself.
+        """
+        context = SkBuff(ifindex=self.uplink, mark=FAST if fast else 0, ingress_ifindex=came_by)
         return self.run_in(context, packet, program="to_uplink")
 
     def into(self, packet: Packet | bytes) -> Ran:
