@@ -20,6 +20,9 @@ NOBODYS: tuple[Network, ...] = tuple(
 )
 """What is neither a pod's nor a node's (RFC 6890). The v4-mapped would pass for IPv4, which in maps has that form."""
 
+_MOST_ADDRESSES = 8
+"""So many of a node count: machines with several interfaces have a few; each takes room in every node's maps."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterNode:
@@ -53,17 +56,21 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
 
     Every node comes to the same verdict about overlapping pod CIDRs: the older node keeps its own, by name if both are
     of the same age; the other one is refused that prefix. A node is refused an address, too, that is another one's
-    pods', whoever is older: a node says itself which addresses it has, but not which pod CIDRs.
+    pods', whoever is older: a node says itself which addresses it has, but not which pod CIDRs; and all but the first
+    few. To the own node these make no difference.
     """
     own, peers, refused, claims = None, [], {}, _Claims()
     by_age = sorted(nodes, key=lambda each: (each.created, each.name))
     claimed = [_claim(claims, node) for node in by_age]
     for node, (kept, reasons) in zip(by_age, claimed, strict=True):
-        misplaced = _misplaced(claims, node)
+        first = node.addresses[:_MOST_ADDRESSES]
+        if len(first) < len(node.addresses) and node.name != own_name:
+            reasons.append(f"of its {len(node.addresses)} addresses, the first {len(first)} count")
+        misplaced = _misplaced(claims, node.name, first)
         settled = node
         if reasons or misplaced:
             refused[node.name] = "; ".join((*reasons, *misplaced.values()))
-            addresses = tuple(each for each in node.addresses if each not in misplaced)
+            addresses = tuple(each for each in first if each not in misplaced)
             settled = replace(node, addresses=addresses, pod_cidrs=kept)
         if node.name == own_name:
             own = settled
@@ -85,12 +92,12 @@ def _claim(claims: _Claims, node: ClusterNode) -> tuple[tuple[Network, ...], lis
     return tuple(kept), reasons
 
 
-def _misplaced(claims: _Claims, node: ClusterNode) -> dict[Address, str]:
-    """Return the node's addresses that cannot be its own, and why."""
+def _misplaced(claims: _Claims, name: str, addresses: Iterable[Address]) -> dict[Address, str]:
+    """Return those of a node's addresses that cannot be its own, and why."""
     found: dict[Address, str] = {}
-    for address in node.addresses:
+    for address in addresses:
         holder = claims.holder(address)
-        if holder is not None and holder[1] != node.name:
+        if holder is not None and holder[1] != name:
             whose = f"a pod CIDR of node {holder[1]}" if holder[1] else "which is no node's"
             found[address] = f"address {address} is in {holder[0]}, {whose}"
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ class Following:
         self._store = store
         self._readiness = readiness
         self._changed: Callable[[], None] = lambda: None
+        self._refused: Callable[[], Mapping[str, str]] = dict
         self._own: ClusterNode | None = None
         self.membership = Membership(config.node_name, self._follow)
         self._source: NodeSource | None = None
@@ -52,9 +53,18 @@ class Following:
         if self._listed is not None:
             self._listed.poll()
 
-    def start(self, changed: Callable[[], None], metrics: Metrics, cleanup: ExitStack) -> None:
-        """Follow the cluster, and tell it of this node, until `cleanup`; call `changed` after each change."""
-        self._changed = changed
+    def start(
+        self,
+        changed: Callable[[], None],
+        refused: Callable[[], Mapping[str, str]],
+        metrics: Metrics,
+        cleanup: ExitStack,
+    ) -> None:
+        """Follow the cluster, and tell it of this node, until `cleanup`; call `changed` after each change.
+
+        `refused` tells whose pod CIDRs this node does not reach, and why, by name.
+        """
+        self._changed, self._refused = changed, refused
         settings = self._config.kubernetes
         if settings is None:
             return
@@ -118,6 +128,7 @@ class Following:
         """Return what needs a person, by the reason of its event."""
         troubles = {"DatapathFailed": self._readiness.unproved}
         troubles["PodCIDRConflict"] = self._readiness.refused()
+        troubles["PodCIDRRefused"] = "; ".join(f"node {name}: {why}" for name, why in sorted(self._refused().items()))
         if missing := self._readiness.no_tunnel():
             troubles["TunnelUnavailable"] = self._readiness.cut_off or f"no node needs the tunnel now, but {missing}"
         return {reason: message for reason, message in troubles.items() if message}

@@ -159,7 +159,7 @@ def _start(
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
-    following.start(loop.wake, metrics, cleanup)
+    following.start(loop.wake, lambda: surroundings.peers.refused, metrics, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
     spool = _serve_launchers(config.paths, node, metrics, cleanup)
     return _Running((spool.drain, gc.collect, following.poll), scratch, loop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from typing import Literal, get_args
@@ -53,6 +53,8 @@ class Way:
     lanes: Mapping[int, Lane]
     routes: Mapping[Network, PeerRoute]
     prefixes: Mapping[Network, Lanes]
+    refused: str = ""
+    """Which of its pod CIDRs are not reached, and why; empty if all are."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Peers:
     """How many nodes are reached by which lane, by lane and family."""
     needs_tunnel: bool = False
     """Whether anything of theirs is reached by the tunnel, be it there or not."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Whose pod CIDRs this node does not reach, and why, by name."""
 
 
 class Ways:
@@ -94,7 +98,7 @@ class Ways:
         ways: dict[str, Way] = {}
         for node in cluster.peers:
             known = self._peers.ways[node.name] if not moved and self._nodes.get(node.name) == node else None
-            fits = known is not None and known.peer not in changed
+            fits = known is not None and changed.isdisjoint(node.addresses)
             ways[node.name] = known if known and fits else _way(place, self._covers, node, paths)
         self._place, self._cluster, self._paths = place, cluster, paths
         self._nodes = {node.name: node for node in cluster.peers}
@@ -113,7 +117,8 @@ def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
                 prefixes[network] = lanes
         counts.update((lane, family) for family, lane in way.lanes.items())
     needs_tunnel = any(map(_needs_tunnel, ways.values()))
-    return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts, needs_tunnel)
+    refused = {name: way.refused for name, way in ways.items() if way.refused}
+    return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts, needs_tunnel, refused)
 
 
 def _needs_tunnel(way: Way) -> bool:
@@ -163,35 +168,60 @@ class _Covers:
 
 def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
     peer, hops = _called(place, node), _hops(place, node)
-    mtu = _narrower(place, peer, paths) if peer else 0
+    mtu = _narrower(place, peer, paths)
     lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
+    pod_cidrs, refused = _harmless(place, node.pod_cidrs)
     routes: dict[Network, PeerRoute] = {}
-    for cidr in node.pod_cidrs:
+    for cidr in pod_cidrs:
         route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
         if route is not None:
             routes[cidr] = route
-    own = set(place.addresses)
-    addresses = [ip_network(each) for each in node.addresses if each not in own]
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
     prefixes: dict[Network, Lanes] = {}
     same: dict[Lanes, Lanes] = {}  # as a rule, both families share theirs
-    for networks, is_node in ((node.pod_cidrs, False), (addresses, True)):
+    for networks, is_node in ((pod_cidrs, False), (_own_prefixes(place, node), True)):
         for network in networks:
             tunnel = tunnels[network.version]
+            called = _called_at(place, peer, network.network_address) if is_node else peer
             found = Lanes(
                 native=True,
                 stack=covers[network].stack,
                 peer=peer,
                 node=is_node,
                 tunnel=tunnel,
-                mtu=mtu if tunnel else 0,
+                mtu=_narrower(place, called, paths) if tunnel else 0,
             )
             prefixes[network] = same.setdefault(found, found)
-    return Way(peer, lanes, routes, prefixes)
+    return Way(peer, lanes, routes, prefixes, refused)
 
 
-def _narrower(place: Place, peer: Address, paths: Mapping[Address, int]) -> int:
+def _harmless(place: Place, pod_cidrs: Sequence[Network]) -> tuple[Sequence[Network], str]:
+    """Return those pod CIDRs to which there may be ways, and why not to the others.
+
+    The way to one that holds a next hop of the uplinks' would lead past that hop, and with it past the world.
+    """
+    gateways = {gateway for uplink in place.uplinks for gateway in uplink.gateways}
+    held = {cidr: gateway for cidr in pod_cidrs for gateway in gateways if gateway in cidr}
+    if not held:
+        return pod_cidrs, ""
+    why = [f"pod CIDR {cidr} holds {gateway}, the next hop of a route of this node's" for cidr, gateway in held.items()]
+    return [cidr for cidr in pod_cidrs if cidr not in held], "; ".join(why)
+
+
+def _own_prefixes(place: Place, node: ClusterNode) -> list[Network]:
+    return [ip_network(address) for address in node.addresses if address not in place.addresses]
+
+
+def _called_at(place: Place, peer: Address | None, address: Address) -> Address | None:
+    """Return the address at which the node is called for what goes to one of its own: see `bpf/tunnel.h`."""
+    is_alike = peer is not None and address.version <= peer.version
+    return address if is_alike and any(each.version == address.version for each in place.addresses) else peer
+
+
+def _narrower(place: Place, peer: Address | None, paths: Mapping[Address, int]) -> int:
     """Return the MTU inside the tunnel where the way to the peer leaves less than the tunnel's own, else 0."""
+    if peer is None:
+        return 0
     mtu = max(paths.get(peer, place.mtu) - WRAPPING[peer.version], IPV6_MIN_MTU)
     return mtu if mtu < place.tunnel_mtu else 0
 

@@ -151,6 +151,8 @@ class Uplink:
     sources: Sources
     networks: frozenset[Network] = frozenset()
     """What is on-link there: the prefixes of its addresses of global scope."""
+    gateways: frozenset[Address] = frozenset()
+    """The next hops of the host's routes (main table) by it, but those of podlane's own."""
 
 
 @dataclass(frozen=True, slots=True)

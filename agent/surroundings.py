@@ -71,7 +71,9 @@ class Surroundings:
             mtu=seen.mtu,
             prefixes=self._current_prefixes(ranges),
         )
-        self._peers = peers = self._ways.find(place, cluster, seen.paths)
+        peers = self._ways.find(place, cluster, seen.paths)
+        _tell_refused(peers, self._peers)
+        self._peers = peers
         now = Outside(
             uplinks=seen.uplinks,
             node_addresses=seen.node_addresses,
@@ -158,6 +160,16 @@ def _own_addresses(seen: _Seen, own: ClusterNode | None) -> tuple[Address, ...]:
     ipv4 = next((each.ipv4 for each in sources if each.ipv4), None)
     ipv6 = next((each.ipv6 for each in sources if each.ipv6), None)
     return tuple(each for each in (ipv4, ipv6) if each)
+
+
+def _tell_refused(peers: Peers, before: Peers) -> None:
+    """Log what of other nodes is newly refused."""
+    for name in sorted(peers.refused.keys() | before.refused.keys()):
+        why = peers.refused.get(name)
+        if why and why != before.refused.get(name):
+            log.error("a node is refused what it claims: %s node=%s", why, name)
+        elif not why:
+            log.info("a node is refused nothing any more node=%s", name)
 
 
 def _tell(outside: Outside, before: Outside) -> None:

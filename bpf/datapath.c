@@ -268,7 +268,7 @@ int to_tunnel(struct __sk_buff *skb)
     }
     if (answered == OUTCOME(drop_masq_unsupported))
         return drop(skb, answered);
-    if (wrap(skb, tunnel, &lanes->peer))
+    if (wrap(skb, tunnel, called_at(&packet, tunnel, lanes)))
         return drop(skb, OUTCOME(drop_no_peer));
     return punt(skb, answered ?: OUTCOME(fwd_to_peer));
 }

@@ -75,6 +75,20 @@ static int leave_by_tunnel(struct __sk_buff *skb, struct packet *packet, const s
 }
 
 /*
+ * By which of the node's addresses is it called? What goes to the node itself is wrapped for that very address: whoever
+ * names another's as its own does not get to see what goes there. Over IPv6 there is less room, for which the MTU is
+ * made only where nodes are called by IPv6.
+ */
+static const struct addr *called_at(const struct packet *packet, const struct tunnel *tunnel, const struct lanes *lanes)
+{
+    bool is_ipv4 = is_v4_mapped(&packet->destination);
+
+    if (!(lanes->kind & PREFIX_NODE) || is_nobody(is_ipv4 ? &tunnel->ipv4 : &tunnel->ipv6))
+        return &lanes->peer;
+    return is_ipv4 || !is_v4_mapped(&lanes->peer) ? &packet->destination : &lanes->peer;
+}
+
+/*
  * Has it wrapped for the node that has the destination. All nodes' devices have one MAC address, to which it is sent;
  * the kernel drops what comes from its own (vxlan_set_mac), so the source is one that nobody has.
  */

@@ -122,7 +122,7 @@ class Metrics:
             count = partial(_count, peers, (lane, family))
             self._peers.labels(lane, f"ipv{family}").set_function(count)
         self._nodes.set_function(lambda: len(cluster().peers))
-        self._refused.set_function(lambda: len(cluster().refused))
+        self._refused.set_function(lambda: len(cluster().refused.keys() | peers().refused.keys()))
 
     def watch_source(self, is_followed: Callable[[], bool]) -> None:
         """Likewise, whether the cluster that the configuration names is followed at present."""

@@ -6,6 +6,7 @@ import errno
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from pyroute2.netlink.rtnl import (
     RTM_DELLINK,
@@ -32,15 +33,19 @@ from agent.netlink.rtnl import (
     LINK,
     NEXTHOP,
     NO_LINK,
+    PROTOCOL,
     ROUTE,
     RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
+    RTA_GATEWAY,
     RTA_MULTIPATH,
     RTA_OIF,
+    RTA_VIA,
     RTN_UNICAST,
     text,
     u32,
 )
+from agent.state import Address
 
 # How a restarted agent recognises the host ends of its pods' veth pairs: by both.
 NAME_PREFIX = "pl"
@@ -53,6 +58,7 @@ DEFAULT_MTU = 1500  # bytes
 
 RTEXT_FILTER_SKIP_STATS = 8  # linux/rtnetlink.h
 IFF_LOOPBACK = 8
+FAMILY_SIZE = 2  # bytes, in struct rtvia
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,16 @@ class Link:
     def name(self) -> str:
         """Its name."""
         return text(self.attributes[IFLA_IFNAME])
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """Where a route of the host's leads next: the index of the device, and the gateway there, if there is one."""
+
+    device: int
+    gateway: Address | None
+    of_default: bool
+    """The route is a default one."""
 
 
 def devices() -> dict[str, int]:
@@ -172,26 +188,37 @@ def tunnel_index() -> int:
 
 def default_route_devices() -> set[int]:
     """Return the indexes of the devices that default routes of the main table use. Raises KernelError."""
-    # ip route show table main default; ip -6 route show table main default
-    found: set[int] = set()
+    return {hop.device for hop in hops() if hop.of_default}
+
+
+def hops() -> Iterator[Hop]:
+    """Yield the hops of the main table's routes, but those of podlane's own to pods. Raises KernelError."""
+    # ip route show table main; ip -6 route show table main
     for family in FAMILY.values():
         fields = {"family": family, "table": RT_TABLE_MAIN, "type": RTN_UNICAST}
-        for answer in dump(request("list default routes", rtmsg, RTM_GETROUTE, fields=fields)):
-            _, bits, table, _, _, kind, _ = ROUTE.unpack_from(answer.body)
-            if answer.type == RTM_NEWROUTE and (bits, table, kind) == (0, RT_TABLE_MAIN, RTN_UNICAST):
-                found.update(_nexthops(attributes(answer.body, ROUTE.size)))
-    return found
+        for answer in dump(request("list routes", rtmsg, RTM_GETROUTE, fields=fields)):
+            _, bits, table, protocol, _, kind, _ = ROUTE.unpack_from(answer.body)
+            is_meant = answer.type == RTM_NEWROUTE and (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST)
+            if is_meant and (protocol != PROTOCOL or not bits):  # there may be thousands of podlane's
+                for device, route in _ways(attributes(answer.body, ROUTE.size)):
+                    yield Hop(device, _gateway(route), not bits)
 
 
-def _nexthops(route: dict[int, bytes]) -> Iterator[int]:
-    """Yield the indexes of the devices that a route uses."""
+def _ways(route: dict[int, bytes]) -> Iterator[tuple[int, dict[int, bytes]]]:
+    """Yield the index of each device that a route uses, with what else is said of that way."""
     if RTA_OIF in route:
-        yield u32(route[RTA_OIF])
-    hops, offset = route.get(RTA_MULTIPATH, b""), 0
-    while offset + NEXTHOP.size <= len(hops):
-        length, _, _, number = NEXTHOP.unpack_from(hops, offset)
-        yield number
+        yield u32(route[RTA_OIF]), route
+    ways, offset = route.get(RTA_MULTIPATH, b""), 0
+    while offset + NEXTHOP.size <= len(ways):
+        length, _, _, number = NEXTHOP.unpack_from(ways, offset)
+        yield number, attributes(ways[offset : offset + length], NEXTHOP.size)
         offset += max(length, NEXTHOP.size)
+
+
+def _gateway(way: dict[int, bytes]) -> Address | None:
+    via = way.get(RTA_VIA, b"")[FAMILY_SIZE:]  # struct rtvia: family, then the address
+    packed = way.get(RTA_GATEWAY) or via
+    return ip_address(packed) if packed else None
 
 
 def _addressed_devices() -> set[int]:

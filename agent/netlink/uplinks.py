@@ -11,7 +11,7 @@ from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_NEWADDR
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
 from agent.netlink.channel import attributes, dump, request
-from agent.netlink.devices import TUNNEL, Link, default_route_devices, host_ends, index, is_own, links
+from agent.netlink.devices import TUNNEL, Hop, Link, hops, host_ends, index, is_own, links
 from agent.netlink.rtnl import ADDRESS, IFA_ADDRESS, IFA_LOCAL, IFLA_INFO_KIND, IFLA_LINKINFO, RT_SCOPE_UNIVERSE, text
 from agent.state import Address, Network, Sources, Uplink
 
@@ -46,7 +46,8 @@ def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
     podlane's own devices never do.
     """
     addresses = list(assigned_addresses())
-    routed = default_route_devices() if not patterns else set()
+    ways = list(hops())
+    routed = {each.device for each in ways if each.of_default}
     addressed = {each.device for each in addresses if each.scope == RT_SCOPE_UNIVERSE}
 
     def leads_out(link: Link) -> bool:
@@ -55,7 +56,7 @@ def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
         return link.index in routed or (link.index in addressed and _kind(link) not in INWARD)
 
     found = [link for link in links() if link.type == ARPHRD_ETHER and not is_own(link) and leads_out(link)]
-    return {link.name: _uplink(link.index, addresses) for link in found}
+    return {link.name: _uplink(link.index, addresses, ways) for link in found}
 
 
 def node_addresses() -> frozenset[Address]:
@@ -65,9 +66,10 @@ def node_addresses() -> frozenset[Address]:
     return frozenset(each.address for each in found - on_host_ends(found) if each.device != tunnel)
 
 
-def _uplink(number: int, addresses: list[Assigned]) -> Uplink:
+def _uplink(number: int, addresses: list[Assigned], ways: list[Hop]) -> Uplink:
     own = [each for each in addresses if each.device == number and each.scope == RT_SCOPE_UNIVERSE]
-    return Uplink(number, _sources(own), _networks(own))
+    gateways = frozenset(each.gateway for each in ways if each.device == number and each.gateway is not None)
+    return Uplink(number, _sources(own), _networks(own), gateways)
 
 
 def _sources(addresses: list[Assigned]) -> Sources:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from scapy.layers.inet import IP
@@ -16,7 +18,7 @@ from scapy.packet import Packet
 
 from tests.node.cluster import PORT
 from tests.node.cluster import address as service_address
-from tests.node.echo import UDP, bound
+from tests.node.echo import UDP, bound, server, who
 from tests.node.frames import COUNT, FENCE, PAYLOAD, Ears, packet
 from tests.node.kubeproxy import Service, delete_rules, write_rules
 from tests.node.machine import Netns
@@ -185,6 +187,48 @@ def test_services_wrap_nothing(it: Mesh, door: str, victim: str, family: int) ->
         assert not arrives(it, send, packet(address(it, victim, family), it.pods[FIRST].addresses[family]))
     finally:
         delete_rules(host.netns)
+
+
+@contextmanager
+def named(it: Mesh, address: str) -> Iterator[None]:
+    """Have the far node's entry name one more address for the duration."""
+    entries = [each.entry for each in it.nodes.members]
+    entries[FAR] = replace(entries[FAR], addresses=(*entries[FAR].addresses, address))
+    it.nodes.tell(entries)
+    try:
+        yield
+    finally:
+        it.nodes.tell()
+
+
+def test_one_more_address(it: Mesh) -> None:
+    """A node's further address is one of its own: pods are seen there as they are."""
+    far, pod, more = it.nodes.members[FAR], it.pods[FIRST], "203.0.113.113"
+    far.netns.run("ip", "address", "add", f"{more}/24", "dev", "uplink")
+    with server(far.netns, UDP, more, 9) as asked, named(it, more):
+        far.wait_for(lambda: who(pod.netns, asked)[0] == pod.addresses[V4], "the pod to be seen")
+    far.netns.run("ip", "address", "delete", f"{more}/24", "dev", "uplink")
+
+
+def test_a_foreign_address(it: Mesh) -> None:
+    """A node that names a foreign address draws nothing that pods send there: it is wrapped for that very address."""
+    pod, world, member = it.pods[FIRST], it.nodes.world, it.nodes.members[FAR]
+    with bound(world, UDP, WORLD[V4], 9) as plain, bound(world, UDP, WORLD[V4], TUNNEL["port"]) as tunnel:
+
+        def hears(ears: socket.socket) -> bool:
+            ears.settimeout(0.1)
+            with bound(pod.netns, UDP, pod.addresses[V4]) as ours:
+                ours.sendto(PAYLOAD, (WORLD[V4], 9))
+            try:
+                return PAYLOAD in ears.recv(2000)
+            except TimeoutError:
+                return False
+
+        with named(it, WORLD[V4]):
+            member.wait_for(lambda: hears(tunnel), "the foreign address to get what is sent there")
+        while hears(tunnel):
+            pass
+        member.wait_for(lambda: hears(plain), "the address to be the world's again")
 
 
 def test_host_is_safe(it: Mesh) -> None:

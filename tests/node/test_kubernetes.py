@@ -188,6 +188,21 @@ def test_a_pod_cidr_that_an_older_node_has(node: Node) -> None:
     node.make_pod("c")
 
 
+def test_a_pod_cidr_that_holds_the_next_hop(node: Node) -> None:
+    """Another node's pod CIDR that would cut this one off is refused; that is told, and nothing else is disturbed."""
+    node.register(V4)
+    node.start_agent()
+    node.api.objects.put(make_node("other", ["192.0.2.0/29"], ["192.0.2.11"]))
+    node.wait_for(lambda: bool(node.api.objects.events), "an event")
+    (event,) = node.api.objects.events
+    why = "node other: pod CIDR 192.0.2.0/29 holds 192.0.2.1, the next hop of a route of this node's"
+    assert (event["reason"], event["message"]) == ("PodCIDRRefused", why)
+    assert node.metrics()[("podlane_cluster_nodes_refused", ())] == 1
+    assert node.get("/readyz")[0] == 200
+    assert node.netns.run("ip", "route", "show", "192.0.2.0/29").stdout == ""
+    assert node.pings(node.make_pod("a"), "192.0.2.1")
+
+
 def test_a_tunnel_port_that_is_taken(node: Node) -> None:
     """A taken port is told of by an event; once a node needs the tunnel, all say that this one is cut off. It heals."""
     node.register(V4, V6)

@@ -74,6 +74,20 @@ def test_networks_of_an_uplink() -> None:
     assert netlink.uplinks()["eth0"].networks == {ip_network("198.51.100.0/30")}
 
 
+def test_gateways_of_an_uplink() -> None:
+    """These are the next hops of all routes by it, of either family, but not of podlane's own to other nodes' pods."""
+    address("192.0.2.10/24", "eth0")
+    address("2001:db8::10/64", "eth0")
+    address("203.0.113.10/24", "eth1")
+    run("ip route add default via 192.0.2.1")
+    run("ip route add 198.51.100.0/24 nexthop via 192.0.2.2 nexthop via 203.0.113.1")
+    run("ip route add 198.51.101.0/24 via inet6 2001:db8::3 dev eth0")
+    run("ip -6 route add 2001:db8:1::/64 via 2001:db8::4")
+    run("ip route add 10.244.1.0/24 via 192.0.2.5 proto 112")
+    found = {name: {str(each) for each in uplink.gateways} for name, uplink in netlink.uplinks().items()}
+    assert found == {"eth0": {"192.0.2.1", "192.0.2.2", "2001:db8::3", "2001:db8::4"}, "eth1": {"203.0.113.1"}}
+
+
 @pytest.mark.parametrize("family", ["-4", "-6"])
 def test_default_routes_make_uplinks(family: str) -> None:
     """A device that a default route uses leads out, also as one of several next hops, and without an address."""

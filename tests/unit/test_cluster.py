@@ -88,6 +88,15 @@ def test_an_address_of_anothers_pods_is_not_believed(created: str) -> None:
     assert "address ::ffff:c000:201 is in ::ffff:0:0/96, which is no node's" in told
 
 
+def test_so_many_addresses_count() -> None:
+    """Of other nodes' addresses the first eight count, and it is told; the own node has as many as it likes."""
+    addresses = tuple(ip_address(0xC0000200 + number) for number in range(9))
+    cluster = settle([ClusterNode("a", addresses), ClusterNode("b", addresses)], "a", live=True)
+    assert cluster.own == ClusterNode("a", addresses)
+    assert cluster.peers == (ClusterNode("b", addresses[:8]),)
+    assert cluster.refused == {"b": "of its 9 addresses, the first 8 count"}
+
+
 def test_only_a_report_that_changes_something_is_passed_on() -> None:
     """Who follows the membership is woken by changes, not by repetitions."""
     calls: list[int] = []

@@ -115,6 +115,36 @@ def test_called_by_the_family_that_the_tunnel_leaves_room_for() -> None:
     assert way(place(own=OWN[::-1]), FAR, FAR6).peer == FAR6
 
 
+def test_room_for_what_goes_to_a_node_itself() -> None:
+    """What goes to a node's own address is wrapped for that one, if there is room: the MTU is that of the way there."""
+    second = ip_address("203.0.113.8")
+    narrow = {FAR: 1400, second: 1360, FAR6: 1300}
+
+    def room(where: Place, *addresses: Address) -> dict[Address, int]:
+        prefixes = Ways().find(where, Cluster(None, (node(*addresses),), {}, True), narrow).prefixes
+        return {address: prefixes[ip_network(address)].mtu for address in addresses}
+
+    assert room(place(), FAR, second, FAR6) == {FAR: 1350, second: 1310, FAR6: 1350}
+    by_ipv6 = replace(place(own=OWN[::-1]), tunnel_mtu=1430)
+    assert room(by_ipv6, FAR6, FAR) == {FAR6: 1280, FAR: 1350}
+    assert room(replace(by_ipv6, addresses=OWN[1:]), FAR6, FAR) == {FAR6: 1280, FAR: 1280}
+
+
+def test_next_hops_are_no_pods() -> None:
+    """A pod CIDR that holds an uplink's next hop gets no route and no prefix, and why is told; one beside it does."""
+    gateways = frozenset(map(ip_address, ("192.0.2.254", "198.51.100.1", "fe80::1")))
+    uplinks = tuple(replace(each, gateways=gateways) for each in place().uplinks)
+    where = replace(place(), uplinks=uplinks)
+    bad, good = ip_network("192.0.2.128/25"), ip_network("192.0.2.64/26")
+    for address in (NEAR, FAR):
+        found = find(where, node(address, cidrs=[bad, good, V6]))
+        assert found.routes.keys() == {good, V6}
+        assert found.prefixes.keys() == {good, V6, ip_network(address)}
+        why = "pod CIDR 192.0.2.128/25 holds 192.0.2.254, the next hop of a route of this node's"
+        assert found.refused == {"other": why}
+    assert find(where, node(NEAR)).refused == {}
+
+
 def test_no_tunnel_yet() -> None:
     """As long as the tunnel's device is not there, nothing leads to it."""
     found = way(replace(place(), tunnel=0), FAR, FAR6)
