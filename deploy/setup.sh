@@ -20,6 +20,8 @@ test)
     # podman is another client of CNI, with runc as well.
     packages="$packages containerd runc containernetworking-plugins busybox-static podman
         iputils-ping iperf3 strace tcpdump prometheus clang-format bpftool iptables procps curl mmdebstrap"
+    # What renders the manifests; whoever has a kubectl keeps it.
+    command -v kubectl >/dev/null || packages="$packages kubernetes-client"
     extras="[demo,test,lint]"
     ;;
 *) echo "setup.sh: $for_what: not one of run, image, demo, test" >&2 && exit 2 ;;
