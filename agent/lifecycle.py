@@ -25,7 +25,6 @@ from agent.loop import Loop
 from agent.membership import Membership
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
-from agent.plan import Outside
 from agent.pods import shaper_of
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
@@ -56,6 +55,17 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class _Parts:
+    """What is there before the start, and most of its steps need."""
+
+    config: Config
+    surroundings: Surroundings
+    metrics: Metrics
+    readiness: Readiness
+    cleanup: ExitStack
+
+
+@dataclass(frozen=True)
 class _Running:
     """What the main thread needs of an agent that has started."""
 
@@ -80,7 +90,7 @@ def run(config: Config, version: str, stop: Stop, config_path: Path | None = Non
         try:
             lock_state(config.paths.state, cleanup)
             _serve_metrics(config.metrics, metrics, readiness, cleanup)
-            running = _start(config, config_path, surroundings, metrics, readiness, cleanup)
+            running = _start(_Parts(config, surroundings, metrics, readiness, cleanup), config_path)
         except (KernelError, StoreError, CompileError, OSError, TimeoutError) as error:
             failure = f"{error}{requirements.remark(os.uname().release)}"
             tell_failure(config, failure)
@@ -104,15 +114,9 @@ def _serve_metrics(address: str, metrics: Metrics, readiness: Readiness, cleanup
     cleanup.callback(server.shutdown)
 
 
-def _start(
-    config: Config,
-    config_path: Path | None,
-    surroundings: Surroundings,
-    metrics: Metrics,
-    readiness: Readiness,
-    cleanup: ExitStack,
-) -> _Running:
+def _start(parts: _Parts, config_path: Path | None) -> _Running:
     """Bring the datapath in force, settle what an earlier agent left, and serve launchers."""
+    config, metrics, readiness, cleanup = parts.config, parts.metrics, parts.readiness, parts.cleanup
     sysctls = Sysctls(config.masquerade, Journal(config.paths.state, boot_id()))
     for changed in sysctls.ensure():
         log.info("set sysctl=%s", changed)
@@ -121,52 +125,28 @@ def _start(
     store = open_store(config)
     cleanup.callback(store.close)
     readiness.exhausted = store.exhausted
-    wiring = Wiring()
-    following = Following(config, config_path, store, readiness)
-    outside = partial(_outside, surroundings, following.membership, store)
-    hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
-    loop = Loop(
-        store=store,
-        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
-        devices=wiring,
-        repaired=metrics.repaired,
-        settle=hooks.settle,
-        resync_seconds=config.resync_seconds,
-        outside=outside,
-        sysctls=sysctls.ensure,
-    )
-    readiness.trouble = loop.trouble
-    readiness.no_tunnel = partial(loop.refusal, "tunnel_devices", netlink.TUNNEL)
-    readiness.needs_tunnel = lambda: surroundings.peers.needs_tunnel
+    following, wiring = Following(config, config_path, store, readiness), Wiring()
+    loop = _make_loop(parts, datapath, store, wiring, following.membership, sysctls)
     node = Node(
         store=store,
         wiring=wiring,
         loop=loop,
-        mtu=surroundings.mtu,
+        mtu=parts.surroundings.mtu,
         readiness=readiness,
         masqueraded_ports=masquerade.ports(config.masquerade),
     )
-    _collect_flows(config, datapath, surroundings, metrics, cleanup)
+    _collect_flows(parts, datapath)
     metrics.watch(lambda: tables.outcomes(datapath), store.usage, store.pods)
-    metrics.watch_cluster(lambda: following.membership.cluster, lambda: surroundings.peers)
+    metrics.watch_cluster(lambda: following.membership.cluster, lambda: parts.surroundings.peers)
     _delete_strays(store, metrics)
-    with _timed("attach", metrics):
-        loop.start()
-        cleanup.callback(loop.stop)
-        loop.sync(_FIRST_PASS_SECONDS)
-    datapath.prune()
-    cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
+    _bring_in_force(parts, loop, datapath)
     _release_leftovers(store, node)
     scratch = ScratchPod(wiring, loop)
     _prove(scratch, metrics, readiness)
-    following.start(loop.wake, lambda: surroundings.peers.refused, metrics, cleanup)
+    following.start(loop.wake, lambda: parts.surroundings.peers.refused, metrics, cleanup)
     gc = SelfGc(store=store, node=node, grace_seconds=config.gc_grace_seconds, released=metrics.gc_released)
     spool = _serve_launchers(config.paths, node, metrics, cleanup)
     return _Running((spool.drain, gc.collect, following.poll), scratch, loop)
-
-
-def _outside(surroundings: Surroundings, membership: Membership, store: Store, look: bool) -> Outside:
-    return surroundings.outside(membership.cluster, store.subnets, look=look)
 
 
 def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
@@ -180,21 +160,51 @@ def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
         )
 
 
-def _collect_flows(
-    config: Config, datapath: loader.Datapath, surroundings: Surroundings, metrics: Metrics, cleanup: ExitStack
-) -> None:
+def _make_loop(
+    parts: _Parts, datapath: loader.Datapath, store: Store, wiring: Wiring, membership: Membership, sysctls: Sysctls
+) -> Loop:
+    """Make the loop, which is not started yet; readiness hears of its troubles."""
+    config, surroundings, readiness = parts.config, parts.surroundings, parts.readiness
+    hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
+    loop = Loop(
+        store=store,
+        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
+        devices=wiring,
+        repaired=parts.metrics.repaired,
+        settle=hooks.settle,
+        resync_seconds=config.resync_seconds,
+        outside=lambda look: surroundings.outside(membership.cluster, store.subnets, look=look),
+        sysctls=sysctls.ensure,
+    )
+    readiness.trouble = loop.trouble
+    readiness.no_tunnel = partial(loop.refusal, "tunnel_devices", netlink.TUNNEL)
+    readiness.needs_tunnel = lambda: surroundings.peers.needs_tunnel
+    return loop
+
+
+def _bring_in_force(parts: _Parts, loop: Loop, datapath: loader.Datapath) -> None:
+    """Run the loop, wait for its first pass, and drop what an earlier datapath had; then hear of the kernel's news."""
+    with _timed("attach", parts.metrics):
+        loop.start()
+        parts.cleanup.callback(loop.stop)
+        loop.sync(_FIRST_PASS_SECONDS)
+    datapath.prune()
+    parts.cleanup.enter_context(netlink.Monitor(loop.kernel_changed))
+
+
+def _collect_flows(parts: _Parts, datapath: loader.Datapath) -> None:
     collector = Collector(
         flows=datapath.maps["flows"],
         owners=datapath.maps["owners"],
-        settings=masquerade.settings(config.masquerade),
+        settings=masquerade.settings(parts.config.masquerade),
         constants=datapath.constants,
         refused=lambda: sum(tables.outcomes(datapath)[name].packets for name in _REFUSALS),
     )
-    metrics.watch_masquerade(
-        collector, masqueraded=lambda: tables.masqueraded(datapath), uplinks=lambda: surroundings.known.uplinks
+    parts.metrics.watch_masquerade(
+        collector, masqueraded=lambda: tables.masqueraded(datapath), uplinks=lambda: parts.surroundings.known.uplinks
     )
     collector.start()
-    cleanup.callback(collector.stop)
+    parts.cleanup.callback(collector.stop)
 
 
 def _delete_strays(store: Store, metrics: Metrics) -> None:
