@@ -189,9 +189,12 @@ class Loop:
                 raise KernelError(f"the kernel cannot be brought up to date: {self._trouble}")
 
     def refuse_own(self, addresses: Iterable[Address]) -> None:
-        """Raise AddressTaken for one that the node has itself: its traffic from outside would all be the pod's."""
-        for address in self._outside.node_addresses.intersection(addresses):
+        """Raise AddressTaken for the node's own, and its routes' next hops: the pod would get what they are to get."""
+        addresses, uplinks = set(addresses), self._outside.uplinks.values()
+        for address in self._outside.node_addresses & addresses:
             raise AddressTaken(f"{address} is in use by the node itself")
+        for address in frozenset[Address]().union(*(uplink.gateways for uplink in uplinks)) & addresses:
+            raise AddressTaken(f"{address} is in use by a next hop of the node's routes")
 
     def refusal(self, table: str, key: object) -> str:
         """Say why the kernel refuses an object of a table at present; empty if it does not."""

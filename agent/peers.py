@@ -69,7 +69,7 @@ class Peers:
     needs_tunnel: bool = False
     """Whether anything of theirs is reached by the tunnel, be it there or not."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Whose pod CIDRs this node does not reach, and why, by name."""
+    """Whose pod CIDRs this node does not reach, and why, by name; its own is named where others will not reach it."""
 
 
 class Ways:
@@ -102,11 +102,11 @@ class Ways:
             ways[node.name] = known if known and fits else _way(place, self._covers, node, paths)
         self._place, self._cluster, self._paths = place, cluster, paths
         self._nodes = {node.name: node for node in cluster.peers}
-        self._peers = _together(place, ways)
+        self._peers = _together(place, ways, cluster.own)
         return self._peers
 
 
-def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
+def _together(place: Place, ways: Mapping[str, Way], own: ClusterNode | None) -> Peers:
     routes: dict[Network, PeerRoute] = {}
     prefixes: dict[Network, Lanes] = {}
     counts: Counter[tuple[Lane, int]] = Counter()
@@ -118,6 +118,8 @@ def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
         counts.update((lane, family) for family, lane in way.lanes.items())
     needs_tunnel = any(map(_needs_tunnel, ways.values()))
     refused = {name: way.refused for name, way in ways.items() if way.refused}
+    if own is not None and (why := _harmless(place, own.pod_cidrs)[1]):
+        refused[own.name] = why
     return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts, needs_tunnel, refused)
 
 

@@ -43,7 +43,7 @@ class Readiness:
 
     @property
     def reason(self) -> str:
-        """Why ADD cannot be served now; empty if it can."""
+        """Why the node is not ready; empty if it is."""
         try:
             return self.limited or self.refused() or self.unaddressed() or self.uninstalled or self.exhausted()
         except StoreError as error:

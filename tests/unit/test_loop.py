@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from agent.plan import Outside
 from agent.state import Hook, Lanes, Network, TunnelDevice
-from agent.store import Netns, Phase
+from agent.store import AddressTaken, Netns, Phase
 from cni.call import Attachment
 from tests.unit.memory import FOREIGN, NAMES, SECONDS, SUBNETS, World
 
 ONE = ("settings", "tunnel_devices", "tunnels")
 """Of which there is one."""
+GATEWAY = ip_address("198.51.100.254")
 
 
 @settings(max_examples=50, deadline=None)
@@ -334,3 +335,14 @@ def test_before_the_cluster_is_known(slow: World) -> None:
         slow.outside = Outside(live=True)
         slow.sync()
         assert {name for name in NAMES if slow.table(name).objects} == {"subnets"}
+
+
+def test_addresses_that_no_pod_may_have(world: World) -> None:
+    """An address that the node has, or by way of which it sends, is refused; its neighbours are not."""
+    uplinks = {name: replace(each, gateways=frozenset({GATEWAY})) for name, each in world.outside.uplinks.items()}
+    world.outside = replace(world.outside, uplinks=uplinks)
+    with world.running():
+        world.loop.refuse_own([GATEWAY + 1])
+        for address in (GATEWAY, *world.outside.node_addresses):
+            with pytest.raises(AddressTaken, match=f"{address} is in use"):
+                world.loop.refuse_own([GATEWAY + 1, address])

@@ -143,6 +143,8 @@ def test_next_hops_are_no_pods() -> None:
         why = "pod CIDR 192.0.2.128/25 holds 192.0.2.254, the next hop of a route of this node's"
         assert found.refused == {"other": why}
     assert find(where, node(NEAR)).refused == {}
+    own = node(*OWN, cidrs=[bad], name="own")
+    assert Ways().find(where, Cluster(own, (), {}, True)).refused == {"own": why}
 
 
 def test_no_tunnel_yet() -> None:
