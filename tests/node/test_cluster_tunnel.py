@@ -29,6 +29,8 @@ TUNNEL = {"port": 14789, "vni": 77}
 NODE_PORT = 30000
 SPARE = ("192.0.2.200", "2001:db8::200")
 """Addresses that the first node has, and nobody was told of."""
+UNKNOWN = "n3 by an address that nobody knows"
+UNKNOWN_ADDRESSES = ("203.0.113.200", "2001:db8:3::200")
 families = pytest.mark.parametrize("family", BOTH)
 
 
@@ -96,6 +98,8 @@ FORGERS = [
     ("n3", "n1"),
     ("n3", "world"),
     ("pod on n3", "pod on n3"),
+    (UNKNOWN, "n3"),
+    (UNKNOWN, "pod on n3"),
 ]
 """Who may not."""
 
@@ -107,6 +111,8 @@ def name(pair: tuple[str, str]) -> str:
 
 def address(it: Mesh, name: str, family: int) -> str:
     """Return the address of somebody."""
+    if name == UNKNOWN:
+        return UNKNOWN_ADDRESSES[family]
     (party,) = (each for each in (*it.pods, *it.hosts, it.world) if each.name == name)
     return party.addresses[family]
 
