@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from agent.cluster import Cluster, ClusterNode
 from agent.config import IPV6_MIN_MTU
-from agent.state import Address, Lanes, Network, PeerRoute, Routing, Uplink
+from agent.state import Address, Lanes, Network, PeerRoute, Prefix, Routing, Uplink
 
 Lane = Literal["direct", "vxlan", "routed"]
 """To the node itself, on-link; wrapped; or as any other packet, by routers that know the way (`routing: direct`)."""
@@ -48,11 +48,12 @@ class Place:
 class Way:
     """The way to one node: the lanes of each family, the routes to its pods, and the prefixes that are its own."""
 
+    node: ClusterNode
     peer: Address | None
     """The address at which it is called."""
     lanes: Mapping[int, Lane]
-    routes: Mapping[Network, PeerRoute]
-    prefixes: Mapping[Network, Lanes]
+    routes: Mapping[Prefix, PeerRoute]
+    prefixes: Mapping[Prefix, Lanes]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Peers:
     """The ways to all nodes, by their names, and these together with the prefixes of the place."""
 
     ways: Mapping[str, Way] = field(default_factory=dict)
-    routes: dict[Network, PeerRoute] = field(default_factory=dict)
-    prefixes: dict[Network, Lanes] = field(default_factory=dict)
+    routes: dict[Prefix, PeerRoute] = field(default_factory=dict)
+    prefixes: dict[Prefix, Lanes] = field(default_factory=dict)
     counts: Mapping[tuple[Lane, int], int] = field(default_factory=dict)
     """How many nodes are reached by which lane, by lane and family."""
 
@@ -72,7 +73,7 @@ class Ways:
     def __init__(self) -> None:
         self._place = Place("auto")
         self._covers = _Covers({})
-        self._nodes: dict[str, ClusterNode] = {}
+        self._routes: dict[PeerRoute, PeerRoute] = {}  # those by the tunnel are all alike
         self._cluster: Cluster | None = None
         self._paths: Mapping[Address, int] = {}
         self._peers = Peers()
@@ -88,46 +89,51 @@ class Ways:
             return self._peers
         if moved:
             self._covers = _Covers(place.prefixes)
+            self._routes = {}
         changed = {each for each in paths.keys() | self._paths.keys() if paths.get(each) != self._paths.get(each)}
         ways: dict[str, Way] = {}
         for node in cluster.peers:
-            known = self._peers.ways[node.name] if not moved and self._nodes.get(node.name) == node else None
-            fits = known is not None and known.peer not in changed
-            ways[node.name] = known if known and fits else _way(place, self._covers, node, paths)
+            way = None if moved else self._peers.ways.get(node.name)
+            fits = way is not None and (way.node is node or way.node == node) and way.peer not in changed
+            ways[node.name] = way if way is not None and fits else self._way(place, node, paths)
         self._place, self._cluster, self._paths = place, cluster, paths
-        self._nodes = {node.name: node for node in cluster.peers}
         self._peers = _together(place, ways)
         return self._peers
 
+    def _way(self, place: Place, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+        way = _way(place, self._covers, node, paths)
+        return replace(way, routes={prefix: self._routes.setdefault(each, each) for prefix, each in way.routes.items()})
+
 
 def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
-    routes: dict[Network, PeerRoute] = {}
-    prefixes: dict[Network, Lanes] = {}
-    counts: Counter[tuple[Lane, int]] = Counter()
+    routes: dict[Prefix, PeerRoute] = {}
+    prefixes: dict[Prefix, Lanes] = {}
     for way in ways.values():
         routes.update(way.routes)
-        for network, lanes in way.prefixes.items():
-            if network not in prefixes or _is_called_at(network, lanes):
-                prefixes[network] = lanes
-        counts.update((lane, family) for family, lane in way.lanes.items())
+        for prefix, lanes in way.prefixes.items():
+            if prefix not in prefixes or _is_called_at(prefix, lanes):
+                prefixes[prefix] = lanes
+    lanes_of = Counter(tuple(way.lanes.items()) for way in ways.values())
+    counts: Counter[tuple[Lane, int]] = Counter()
+    for each, count in lanes_of.items():
+        counts.update({(lane, family): count for family, lane in each})
     return Peers(ways, routes, {**_within(place.prefixes, prefixes), **prefixes}, counts)
 
 
-def _is_called_at(network: Network, lanes: Lanes) -> bool:
-    return lanes.node and network.network_address == lanes.peer
+def _is_called_at(prefix: Prefix, lanes: Lanes) -> bool:
+    return lanes.node and lanes.peer is not None and prefix == Prefix.of_address(lanes.peer)
 
 
-def _within(inner: Mapping[Network, Lanes], outer: Mapping[Network, Lanes]) -> dict[Network, Lanes]:
+def _within(inner: Mapping[Network, Lanes], outer: Mapping[Prefix, Lanes]) -> dict[Prefix, Lanes]:
     """Return the `inner` prefixes, each with what it has from the longest of the `outer` ones that covers it."""
-    lengths = sorted({(each.version, each.prefixlen) for each in outer}, reverse=True)
-    result = dict(inner)
-    for network, lanes in inner.items():
-        for version, length in lengths:
-            if version == network.version and length <= network.prefixlen:
-                covering = outer.get(network.supernet(new_prefix=length))
-                if covering is not None:
-                    result[network] = replace(covering, node=False, stack=lanes.stack or covering.stack)
-                    break
+    lengths = sorted({each.length for each in outer}, reverse=True)
+    result = {Prefix.of(network): lanes for network, lanes in inner.items()}
+    for prefix, lanes in list(result.items()):
+        for length in lengths:
+            covering = outer.get(prefix.covering(length)) if length <= prefix.length else None
+            if covering is not None:
+                result[prefix] = replace(covering, node=False, stack=lanes.stack or covering.stack)
+                break
     return result
 
 
@@ -156,15 +162,15 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     peer, hops = _called(place, node), _hops(place, node)
     mtu = _narrower(place, peer, paths) if peer else 0
     lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
-    routes: dict[Network, PeerRoute] = {}
+    routes: dict[Prefix, PeerRoute] = {}
     for cidr in node.pod_cidrs:
         route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
         if route is not None:
-            routes[cidr] = route
+            routes[Prefix.of(cidr)] = route
     own = set(place.addresses)
     addresses = [ip_network(each) for each in node.addresses if each not in own]
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
-    prefixes: dict[Network, Lanes] = {}
+    prefixes: dict[Prefix, Lanes] = {}
     same: dict[Lanes, Lanes] = {}  # as a rule, both families share theirs
     for networks, is_node in ((node.pod_cidrs, False), (addresses, True)):
         for network in networks:
@@ -177,8 +183,8 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
                 tunnel=tunnel,
                 mtu=mtu if tunnel else 0,
             )
-            prefixes[network] = same.setdefault(found, found)
-    return Way(peer, lanes, routes, prefixes)
+            prefixes[Prefix.of(network)] = same.setdefault(found, found)
+    return Way(node, peer, lanes, routes, prefixes)
 
 
 def _narrower(place: Place, peer: Address, paths: Mapping[Address, int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from pyroute2.netlink.rtnl import (
@@ -21,7 +21,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink import sysctl
-from agent.netlink.channel import attributes, dump, perform, request
+from agent.netlink.channel import Message, attributes, dump, dump_by, perform, request
 from agent.netlink.encode import message
 from agent.netlink.rtnl import (
     ADDRESS,
@@ -108,18 +108,18 @@ def delete_device(name: str) -> None:
     perform([message(f"delete device {name}", RTM_DELLINK, 0, NO_LINK, name_only, tolerated=(errno.ENODEV,))])
 
 
-def uplink_mtu() -> int:
+def uplink_mtu(routed: Collection[int] | None = None) -> int:
     """Return the MTU, in bytes, of what leads out of this node. Raises KernelError.
 
-    The smallest among the devices of the default routes; without one, among the devices with a global
-    address; else that of Ethernet.
+    The smallest among the devices of the default routes (`routed`, if these are known); without one, among the devices
+    with a global address; else that of Ethernet.
     """
+    routed = default_route_devices() if routed is None else routed
     outward = (link for link in links() if not link.flags & IFF_LOOPBACK and not is_own(link))
     mtus = {link.index: u32(link.attributes[IFLA_MTU]) for link in outward}
-    for uplinks in (default_route_devices(), _addressed_devices()):
-        if known := [mtus[number] for number in uplinks if number in mtus]:
-            return min(known)
-    return DEFAULT_MTU
+    known = [mtus[number] for number in routed if number in mtus]
+    known = known or [mtus[number] for number in _addressed_devices() if number in mtus]
+    return min(known, default=DEFAULT_MTU)
 
 
 def forwarding_enabled() -> bool:
@@ -172,15 +172,20 @@ def tunnel_index() -> int:
 
 def default_route_devices() -> set[int]:
     """Return the indexes of the devices that default routes of the main table use. Raises KernelError."""
-    # ip route show table main default; ip -6 route show table main default
+    # ip route show table main default; ip -6 route show table main default. The kernel cannot leave the others out.
     found: set[int] = set()
     for family in FAMILY.values():
         fields = {"family": family, "table": RT_TABLE_MAIN, "type": RTN_UNICAST}
-        for answer in dump(request("list default routes", rtmsg, RTM_GETROUTE, fields=fields)):
-            _, bits, table, _, _, kind, _ = ROUTE.unpack_from(answer.body)
-            if answer.type == RTM_NEWROUTE and (bits, table, kind) == (0, RT_TABLE_MAIN, RTN_UNICAST):
-                found.update(_nexthops(attributes(answer.body, ROUTE.size)))
+        for answer in dump_by(request("list default routes", rtmsg, RTM_GETROUTE, fields=fields), _default_route):
+            found.update(_nexthops(attributes(answer.body, ROUTE.size)))
     return found
+
+
+def _default_route(answer: Message) -> Message | None:
+    if answer.body[1]:  # struct rtmsg: the length of the prefix
+        return None
+    _, _, table, _, _, kind, _ = ROUTE.unpack_from(answer.body)
+    return answer if (answer.type, table, kind) == (RTM_NEWROUTE, RT_TABLE_MAIN, RTN_UNICAST) else None
 
 
 def _nexthops(route: dict[int, bytes]) -> Iterator[int]:

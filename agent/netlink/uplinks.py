@@ -38,15 +38,15 @@ class Assigned:
     """Of a point-to-point link, the other end's; else the address itself. The prefix is of this one."""
 
 
-def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
+def uplinks(patterns: Collection[str] = (), routed: Collection[int] | None = None) -> dict[str, Uplink]:
     """Return the devices that lead out, by name. Raises KernelError.
 
     With `patterns` (shell patterns of names): all Ethernet devices of those names. Else an Ethernet device leads out if
-    a default route of the main table uses it, or if it has an address of global scope and is not of an inward kind.
-    podlane's own devices never do.
+    a default route of the main table uses it (`routed`, if these are known), or if it has an address of global scope
+    and is not of an inward kind. podlane's own devices never do.
     """
     addresses = list(assigned_addresses())
-    routed = default_route_devices() if not patterns else set()
+    routed = default_route_devices() if routed is None else routed
     addressed = {each.device for each in addresses if each.scope == RT_SCOPE_UNIVERSE}
 
     def leads_out(link: Link) -> bool:

@@ -10,13 +10,15 @@ import pytest
 
 from agent.cluster import Cluster, ClusterNode
 from agent.peers import Peers, Place, Way, Ways
-from agent.state import Address, Lanes, Network, PeerRoute, Routing, Sources, Uplink
+from agent.state import Address, Lanes, Network, PeerRoute, Prefix, Routing, Sources, Uplink
+from tests.support import prefix
 
 UPLINK, TUNNEL = 2, 9
 NEAR, NEAR6 = ip_address("192.0.2.7"), ip_address("2001:db8::7")
 FAR, FAR6 = ip_address("203.0.113.7"), ip_address("2001:db8:3::7")
 OWN = (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
-CIDRS = V4, V6 = ip_network("10.244.7.0/24"), ip_network("fd00:7::/64")
+CIDRS = ip_network("10.244.7.0/24"), ip_network("fd00:7::/64")
+PREFIXES = V4, V6 = Prefix.of(CIDRS[0]), Prefix.of(CIDRS[1])
 LINKS = frozenset({ip_network("192.0.2.0/24"), ip_network("2001:db8::/64")})
 
 
@@ -49,8 +51,8 @@ def test_on_link(routing: Routing) -> None:
     assert found.routes == {V4: PeerRoute(UPLINK, NEAR), V6: PeerRoute(UPLINK, NEAR6)}
     pods = Lanes(native=True, peer=NEAR)
     assert found.prefixes == {
-        **dict.fromkeys(CIDRS, pods),
-        **dict.fromkeys(map(ip_network, (NEAR, NEAR6)), replace(pods, node=True)),
+        **dict.fromkeys(PREFIXES, pods),
+        **dict.fromkeys(map(prefix, (NEAR, NEAR6)), replace(pods, node=True)),
     }
 
 
@@ -61,8 +63,8 @@ def test_behind_a_router() -> None:
     assert found.routes == {V4: PeerRoute(TUNNEL, source=OWN[0]), V6: PeerRoute(TUNNEL, source=OWN[1])}
     pods = Lanes(native=True, peer=FAR, tunnel=TUNNEL)
     assert found.prefixes == {
-        **dict.fromkeys(CIDRS, pods),
-        **dict.fromkeys(map(ip_network, (FAR, FAR6)), replace(pods, node=True)),
+        **dict.fromkeys(PREFIXES, pods),
+        **dict.fromkeys(map(prefix, (FAR, FAR6)), replace(pods, node=True)),
     }
 
 
@@ -106,7 +108,7 @@ def test_two_claim_an_address() -> None:
     """An address is the node's that is called at it, older or younger; who adds it to others moves nothing."""
     right, wrong = node(FAR, cidrs=()), node(ip_address("203.0.113.9"), FAR, name="liar", cidrs=())
     for nodes in ((right, wrong), (wrong, right)):
-        assert find(place(), *nodes).prefixes[ip_network(FAR)].peer == FAR
+        assert find(place(), *nodes).prefixes[prefix(FAR)].peer == FAR
 
 
 def test_called_by_the_family_that_the_tunnel_leaves_room_for() -> None:
@@ -131,7 +133,7 @@ def test_path_mtu() -> None:
     assert narrow.prefixes[V4].mtu == 1350
     assert ways.find(place(), cluster, {FAR: 1000}).routes[V4].mtu == 1280
     assert ways.find(place(), cluster, {FAR: 9000}).routes[V4].mtu == 0
-    assert ways.find(place(), cluster, {NEAR: 1400}).prefixes[ip_network(NEAR)].mtu == 0
+    assert ways.find(place(), cluster, {NEAR: 1400}).prefixes[prefix(NEAR)].mtu == 0
 
 
 def test_prefixes_that_cover_each_other() -> None:
@@ -139,9 +141,9 @@ def test_prefixes_that_cover_each_other() -> None:
     services, within = ip_network("10.244.0.0/16"), ip_network("10.244.7.128/25")
     where = replace(place(), prefixes={services: Lanes(stack=True), within: Lanes(native=True, stack=True)})
     found = find(where, node(FAR)).prefixes
-    assert found[services] == Lanes(stack=True)
+    assert found[Prefix.of(services)] == Lanes(stack=True)
     assert found[V4] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
-    assert found[within] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
+    assert found[Prefix.of(within)] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
 
 
 def test_only_what_changes_is_found_anew() -> None:
