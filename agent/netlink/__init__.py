@@ -5,6 +5,9 @@ opens its own socket (5 µs) and keeps nothing: any number of threads may call. 
 `KernelError`.
 """
 
+import agent.netlink.sparing  # noqa: F401  # before the others, which import pyroute2
+
+# isort: split
 from agent.netlink.addresses import GatewayTable
 from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
