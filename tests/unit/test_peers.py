@@ -7,6 +7,8 @@ from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.cluster import Cluster, ClusterNode
 from agent.peers import Peers, Place, Way, Ways
@@ -157,6 +159,27 @@ def test_only_what_changes_is_found_anew() -> None:
     assert [second.ways[name] is first.ways[name] for name in ("n0", "n1", "n2")] == [True, False, True]
     third = ways.find(place("vxlan"), Cluster(None, tuple(nodes), {}, True))
     assert third.ways["n0"].lanes[4] == "vxlan"
+
+
+settled = st.lists(
+    st.builds(
+        node,
+        st.sampled_from([NEAR, FAR, FAR6]),
+        cidrs=st.lists(st.sampled_from([*CIDRS, ip_network("10.244.8.0/24")]), max_size=2, unique=True),
+        name=st.sampled_from("abc"),
+    ),
+    max_size=3,
+    unique_by=lambda each: each.name,
+)
+
+
+@given(st.lists(settled, max_size=6), st.sampled_from([{}, {FAR: 1400}]))
+def test_ways_are_those_of_the_last_cluster(clusters: list[list[ClusterNode]], paths: dict[Address, int]) -> None:
+    """Whatever nodes were there before, with whatever addresses and pod CIDRs, nothing of it is left."""
+    ways = Ways()
+    for nodes in clusters:
+        cluster = Cluster(None, tuple(nodes), {}, True)
+        assert ways.find(place(), cluster, paths) == Ways().find(place(), cluster, paths)
 
 
 def test_counted() -> None:
