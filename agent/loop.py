@@ -299,15 +299,18 @@ class Loop:
         tables: dict[str, Any] = {}
         spent, is_due = 0.0, before is None or (reading is Reading.ALL and time.monotonic() >= self._many_due)
         for name in _NAMES:
-            if name in _MANY and not is_due:
-                tables[name] = getattr(before, name)
+            if name not in _MANY:
+                tables[name] = self._table(name).read()
                 continue
-            started = time.thread_time()
-            tables[name] = self._table(name).read()
-            spent += time.thread_time() - started if name in _MANY else 0
+            tables[name] = known = getattr(before, name, None)
+            if is_due:
+                started = time.thread_time()
+                found = self._table(name).read()
+                spent += time.thread_time() - started
+                if found != known:  # as a rule they are equal, and it is better to keep one of them than both
+                    tables[name], self._settled = found, State()
         if is_due:
             self._many_due = time.monotonic() + _SHARE * spent
-            self._settled = State()
         return State(**tables)
 
     def _current_indexes(self, pods: Sequence[Pod], known: dict[str, int]) -> dict[str, int]:

@@ -12,8 +12,9 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from pyroute2.netlink import (
@@ -86,18 +87,18 @@ def request(
     return Request(what, bytes(encoded.data), tolerated)
 
 
-def perform(requests: Sequence[Request]) -> None:
+def perform(requests: Iterable[Request]) -> None:
     """Send the requests in order. Raises the first KernelError; the requests after it are tried too."""
     for failure in execute(requests):
         if failure:
             raise failure
 
 
-def execute(requests: Sequence[Request]) -> list[KernelError | None]:
+def execute(requests: Iterable[Request]) -> list[KernelError | None]:
     """Send the requests in order and return, in the same order, what became of each: None means done."""
     results: list[KernelError | None] = []
-    for start in range(0, len(requests), BATCH):
-        batch = requests[start : start + BATCH]
+    waiting = iter(requests)
+    while batch := list(islice(waiting, BATCH)):
         try:
             with _open() as channel:
                 results += _exchange(channel, batch)
@@ -106,8 +107,8 @@ def execute(requests: Sequence[Request]) -> list[KernelError | None]:
     return results
 
 
-def each(keys: Sequence[K], requests: Sequence[Request]) -> dict[K, KernelError]:
-    """Send one request per key; return the failures by key."""
+def each(keys: Iterable[K], requests: Iterable[Request]) -> dict[K, KernelError]:
+    """Send one request per key; return the failures by key. There may be thousands: they are made as they are sent."""
     return {key: failure for key, failure in zip(keys, execute(requests), strict=True) if failure}
 
 

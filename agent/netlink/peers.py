@@ -32,7 +32,7 @@ from agent.netlink.rtnl import (
     U32,
     u32,
 )
-from agent.netlink.tables import HOST_BITS, own_routes
+from agent.netlink.tables import own_routes
 from agent.state import KernelError, Network, PeerRoute, Prefix
 
 _VIA = struct.Struct("=H")  # struct rtvia: family, then the address
@@ -46,22 +46,22 @@ class PeerRouteTable:
 
     def read(self) -> dict[Prefix, PeerRoute]:
         """Return podlane's routes to other nodes. Raises KernelError."""
-        before, self._ways = self._ways, {}
-        found: dict[Prefix, PeerRoute] = {}
-        for answer in own_routes(PEER_PROTOCOL, RTN_UNICAST):
-            family, length, *_ = ROUTE.unpack_from(answer.body)
-            route = attributes(answer.body, ROUTE.size)
+        before, ways = self._ways, {}
+
+        def decode(packed: bytes, length: int, route: Mapping[int, bytes]) -> tuple[Prefix, PeerRoute]:
             way = _way(route)
-            if way not in self._ways:
+            if way not in ways:
                 # Better what was written, if it is equal: others hold it anyway, and identity is compared fast.
-                self._ways[way] = before.get(way) or way.route()
-            packed = route.get(RTA_DST, bytes(HOST_BITS[family] // 8))  # without one, it is a default route
-            found[Prefix.pack(packed, length)] = self._ways[way]
+                ways[way] = before.get(way) or way.route()
+            return Prefix.pack(packed, length), ways[way]
+
+        found = dict(own_routes(PEER_PROTOCOL, RTN_UNICAST, decode))
+        self._ways = ways
         return found
 
     def upsert(self, items: Mapping[Prefix, PeerRoute]) -> dict[Prefix, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
-        failures = each(list(items), [_add(*item, ADD) for item in items.items()])
+        failures = each(items, (_add(*item, ADD) for item in items.items()))
         taken = [network for network, failure in failures.items() if errno_of(failure) == errno.EEXIST]
         if taken:
             known = self.read()
@@ -74,7 +74,7 @@ class PeerRouteTable:
     def delete(self, keys: Iterable[Prefix]) -> dict[Prefix, KernelError]:
         """Delete podlane's routes to the given prefixes; one that is already gone counts as deleted."""
         keys = list(keys)
-        return each(keys, [_delete(network) for network in keys])
+        return each(keys, (_delete(network) for network in keys))
 
 
 class _Way(NamedTuple):

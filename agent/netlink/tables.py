@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal, TypeVar
 
 from pyroute2.netlink.rtnl import (
     RTM_DELNEIGH,
@@ -50,6 +50,8 @@ from agent.state import Address, HostRoute, KernelError, Neighbour, Network
 # The metric of unreachable subnets: whoever knows a way into one of them, as the node itself may, comes first.
 _LAST = 1 << 31
 
+T = TypeVar("T")
+
 HOST_BITS: dict[int, int] = {FAMILY[4]: 32, FAMILY[6]: 128}
 
 
@@ -58,14 +60,14 @@ class RouteTable:
 
     def read(self) -> dict[Address, HostRoute]:
         """Return podlane's host routes. Raises KernelError."""
-        found: dict[Address, HostRoute] = {}
-        for answer in own_routes(PROTOCOL, RTN_UNICAST):
-            family, length, *_ = ROUTE.unpack_from(answer.body)
-            if length == HOST_BITS[family]:
-                route = attributes(answer.body, ROUTE.size)
-                source = _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None
-                found[_address(route[RTA_DST])] = HostRoute(u32(route[RTA_OIF]), source)
-        return found
+
+        def decode(packed: bytes, length: int, route: Mapping[int, bytes]) -> tuple[Address, HostRoute] | None:
+            if length != 8 * len(packed):
+                return None
+            source = _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None
+            return _address(packed), HostRoute(u32(route[RTA_OIF]), source)
+
+        return dict(own_routes(PROTOCOL, RTN_UNICAST, decode))
 
     def upsert(self, items: Mapping[Address, HostRoute]) -> dict[Address, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
@@ -91,7 +93,11 @@ class SubnetTable:
 
     def read(self) -> dict[Network, Literal["unreachable"]]:
         """Return podlane's unreachable subnets. Raises KernelError."""
-        return {_network(answer): "unreachable" for answer in own_routes(PROTOCOL, RTN_UNREACHABLE)}
+
+        def decode(packed: bytes, length: int, _: Mapping[int, bytes]) -> Network:
+            return ipaddress.ip_network((packed, length))
+
+        return dict.fromkeys(own_routes(PROTOCOL, RTN_UNREACHABLE, decode), "unreachable")
 
     def upsert(self, items: Mapping[Network, Literal["unreachable"]]) -> dict[Network, KernelError]:
         """Create the given routes, behind those of others."""
@@ -130,23 +136,24 @@ class NeighbourTable:
         return each(keys, [_delete_neighbour(key) for key in keys])
 
 
-def own_routes(protocol: int, kind: int) -> Iterator[Message]:
-    """Yield podlane's routes of a protocol and a type (RTN_…) as the kernel tells them. Raises KernelError."""
-    for family in FAMILY.values():
+def own_routes(protocol: int, kind: int, decode: Callable[[bytes, int, Mapping[int, bytes]], T | None]) -> Iterator[T]:
+    """Yield what `decode` makes of podlane's routes of a protocol and a type (RTN_…). Raises KernelError.
 
-        def read(answer: Message, family: int = family) -> Message | None:
-            got, _, _, its, _, is_kind, _ = ROUTE.unpack_from(answer.body)
-            return answer if (answer.type, got, its, is_kind) == (RTM_NEWROUTE, family, protocol, kind) else None
+    It is given the address and the length of the destination, and all attributes; None leaves the route out.
+    """
+    for family in FAMILY.values():
+        anywhere = bytes(HOST_BITS[family] // 8)  # a default route has no address
+
+        def read(answer: Message, family: int = family, anywhere: bytes = anywhere) -> T | None:
+            got, length, _, its, _, is_kind, _ = ROUTE.unpack_from(answer.body)
+            if (answer.type, got, its, is_kind) != (RTM_NEWROUTE, family, protocol, kind):
+                return None
+            route = attributes(answer.body, ROUTE.size)
+            return decode(route.get(RTA_DST, anywhere), length, route)
 
         # ip route show table main proto PROTOCOL type KIND; the kernel filters
         fields = {"family": family, "table": RT_TABLE_MAIN, "proto": protocol, "type": kind}
         yield from dump_by(request("list routes", rtmsg, RTM_GETROUTE, fields=fields), read)
-
-
-def _network(answer: Message) -> Network:
-    family, length, *_ = ROUTE.unpack_from(answer.body)
-    packed = attributes(answer.body, ROUTE.size).get(RTA_DST, bytes(HOST_BITS[family] // 8))
-    return ipaddress.ip_network((packed, length))
 
 
 def _subnet(verb: str, network: Network, type_: int, flags: int) -> Request:
