@@ -53,9 +53,11 @@ test-packet: ready ## Run the BPF programs on single packets (BPF_PROG_TEST_RUN)
 soak: export PODLANE_SOAK_STEPS ?= 3000000
 soak: export PODLANE_FUZZ_PACKETS ?= 20000000
 soak: export PODLANE_MUTATIONS ?= 1000000
-soak: ready ## Run the random tests for an hour (PODLANE_SOAK_STEPS, PODLANE_FUZZ_PACKETS, PODLANE_MUTATIONS)
+soak: export PODLANE_NODES ?= 5000
+soak: export PODLANE_CHURN_SECONDS ?= 300
+soak: ready ## Run the random tests, a cluster of 5,000 nodes among them, for an hour (PODLANE_…: see Makefile)
 	$(PYTEST) tests/packet/test_nat_model.py tests/packet/test_fuzz.py tests/packet/test_fuzz_uplink.py \
-		tests/unit/test_mutations.py tests/node/test_mutations.py
+		tests/unit/test_mutations.py tests/node/test_mutations.py tests/node/test_many_nodes.py
 
 .PHONY: test-node
 test-node: ready ## Run agent and launcher in network namespaces

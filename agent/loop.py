@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any, Literal
 
 from agent.diff import Delta, diff
@@ -33,6 +34,7 @@ from agent.state import (
     Network,
     PeerRoute,
     PodPort,
+    Prefix,
     Queue,
     Settings,
     Sources,
@@ -47,7 +49,7 @@ from agent.upkeep import Devices, Upkeep
 log = logging.getLogger(__name__)
 
 _FULL_PASS_PAUSE = 0.2  # seconds; a burst of kernel events leads to one full pass, not to one each
-_SHARE = 50  # times as long as reading them took, the tables of other nodes are not read again
+_SHARE = 100  # times as long as reading them took, the tables of other nodes are not read again
 _QUIET = 1.0  # seconds without a request, after which there is time for what can wait
 
 
@@ -64,7 +66,7 @@ class Tables:
     queues: Table[int, Queue]
     endpoints: Table[Address, Endpoint]
     settings: Table[int, Settings]
-    prefixes: Table[Network, Lanes]
+    prefixes: Table[Prefix, Lanes]
     node_addresses: Table[Address, int]
     host_ports: Table[HostPort, PodPort]
     hooks: Table[Hook, Attached]
@@ -74,8 +76,18 @@ class Tables:
     neighbours: Table[Neighbour, str]
     gateways: Table[Gateway, int]
     routes: Table[Address, HostRoute]
-    peer_routes: Table[Network, PeerRoute]
+    peer_routes: Table[Prefix, PeerRoute]
     subnets: Table[Network, Literal["unreachable"]]
+
+
+class Reading(IntEnum):
+    """What a pass reads of the kernel before it plans."""
+
+    NOTHING = 0
+    PODS = 1
+    """All tables but those of other nodes, and the pods' devices: what a pod needs, and that does not take long."""
+    ALL = 2
+    """These too, unless it is too soon (`_SHARE`), and the node's surroundings."""
 
 
 _MANY = ("prefixes", "peer_routes")
@@ -127,6 +139,7 @@ class Loop:
         self._requested = 0  # passes asked for
         self._done = 0  # requests that a finished pass has covered
         self._trouble = ""  # why the last pass failed as a whole, if it did
+        self._pods_asked = False  # whether a caller wants `Reading.PODS`
         self._full_due = time.monotonic()
         self._many_due = self._full_due
         self._settle_due = self._full_due + _QUIET
@@ -172,14 +185,13 @@ class Loop:
         finally:
             self._guests = tuple(each for each in self._guests if each is not pod)
 
-    def sync(self, timeout: float, *, full: bool = False) -> None:
-        """Wait until a pass that began after this call has ended; a `full` one if it shall read the kernel first.
+    def sync(self, timeout: float, *, look: bool = False) -> None:
+        """Wait until a pass that began after this call has ended; with `look`, one that has read the pods' tables.
 
         Raises TimeoutError after `timeout` seconds, and KernelError if the pass failed as a whole.
         """
         with self._condition:
-            if full:
-                self._full_due = time.monotonic()
+            self._pods_asked |= look
             self._requested += 1
             ticket = self._requested
             self._condition.notify_all()
@@ -222,20 +234,25 @@ class Loop:
                 if self._stopped:
                     return
                 covered = self._requested
-                full = time.monotonic() >= self._full_due
-                if full:
-                    # Now, so that what the kernel announces during the pass is not forgotten after it.
-                    self._full_due = time.monotonic() + self._interval
-            if not full and covered == self._done:
+                reading = self._reading_due()
+            if reading is Reading.NOTHING and covered == self._done:
                 self._settle_due = time.monotonic() if self._try_settle() else math.inf
                 continue
-            trouble = self._try_pass(full)
+            trouble = self._try_pass(reading)
             with self._condition:
                 self._trouble = trouble
                 quiet_from = time.monotonic() + _QUIET
                 self._settle_due = quiet_from if covered > self._done else min(self._settle_due, quiet_from)
                 self._done = covered
                 self._condition.notify_all()
+
+    def _reading_due(self) -> Reading:
+        """Return what is due now, and note it as done: what comes to be due during the pass is for the next one."""
+        asked, self._pods_asked = self._pods_asked, False
+        if time.monotonic() >= self._full_due:
+            self._full_due = time.monotonic() + self._interval
+            return Reading.ALL
+        return Reading.PODS if asked else Reading.NOTHING
 
     def _try_settle(self) -> bool:
         """Return whether there is more to settle now; after a failure it waits for its next turn."""
@@ -245,10 +262,10 @@ class Loop:
             self._settle_failures.update({"settling": error})
             return False
 
-    def _try_pass(self, full: bool) -> str:
+    def _try_pass(self, reading: Reading) -> str:
         """Return what went wrong, if anything: kernel and store may be in trouble for a while, the pods must not be."""
         try:
-            self._pass(full)
+            self._pass(reading)
         except Exception as error:
             self._known = None
             trouble = str(error) or repr(error)
@@ -261,19 +278,18 @@ class Loop:
         due = min(self._full_due, self._settle_due)
         return self._stopped or self._requested > self._done or time.monotonic() >= due
 
-    def _pass(self, full: bool) -> None:
+    def _pass(self, reading: Reading) -> None:
         pods = [*self._store.pods(), *self._guests]
         before, macs, queued = self._known, self._inside.macs, self._inside.queued
-        is_full = full or before is None
-        self._outside = self._ask_outside(is_full)
-        if is_full:
+        reading = Reading.ALL if before is None else reading
+        self._outside = self._ask_outside(reading is Reading.ALL)
+        if reading:
             macs, queued = self._upkeep.begin(pods), self._devices.queued()
-            self._known = self._read(before)
-            self._settled = State()
+            self._known = self._read(before, reading)
         known = self._known
         assert known is not None
         self._inside = Inside(routed_subnets(pods, self._outside.node_addresses), macs, queued)
-        self._indexes = self._current_indexes(pods, {} if is_full else self._indexes)
+        self._indexes = self._current_indexes(pods, {} if reading else self._indexes)
         desired = self._plan(pods)
         if before is not None and known is not before:
             self._count_repairs(desired, before, known)
@@ -282,20 +298,24 @@ class Loop:
         if outside is not self._outside:  # a device was made, whose index the rest has waited for
             self._outside = outside
             self._apply(self._plan(pods), known)
-        if is_full:
+        if reading:
             self._upkeep.finish()
 
-    def _read(self, before: State | None) -> State:
+    def _read(self, before: State | None, reading: Reading) -> State:
         """Read the kernel; but what there may be thousands of, so seldom that it takes little of a processor."""
         tables: dict[str, Any] = {}
-        spent, is_due = 0.0, before is None or time.monotonic() >= self._many_due
+        spent, is_due = 0.0, before is None or (reading is Reading.ALL and time.monotonic() >= self._many_due)
         for name in _NAMES:
-            if name in _MANY and not is_due:
-                tables[name] = getattr(before, name)
+            if name not in _MANY:
+                tables[name] = self._table(name).read()
                 continue
-            started = time.thread_time()
-            tables[name] = self._table(name).read()
-            spent += time.thread_time() - started if name in _MANY else 0
+            tables[name] = known = getattr(before, name, None)
+            if is_due:
+                started = time.thread_time()
+                found = self._table(name).read()
+                spent += time.thread_time() - started
+                if found != known:  # as a rule they are equal, and it is better to keep one of them than both
+                    tables[name], self._settled = found, State()
         if is_due:
             self._many_due = time.monotonic() + _SHARE * spent
         return State(**tables)
@@ -314,8 +334,10 @@ class Loop:
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
         """Count as repairs the changes that are due now and were not before the kernel was read again."""
         for name in _NAMES:
-            want = getattr(desired, name)
-            due, was_due = diff(want, getattr(now, name)), diff(want, getattr(before, name))
+            want, there, was_there = getattr(desired, name), getattr(now, name), getattr(before, name)
+            if there is was_there:  # not read again
+                continue
+            due, was_due = diff(want, there), diff(want, was_there)
             repairs = (due.upsert.keys() - was_due.upsert.keys()) | (due.delete - was_due.delete)
             if repairs:
                 self._repaired(name, len(repairs))

@@ -204,10 +204,10 @@ class Node:
         with translated():
             is_active = pod is not None and pod.phase is Phase.ACTIVE
             if pod is not None and is_active and check.has_new_mac(pod, netns):
-                self._loop.sync(_ADD_SECONDS, full=True)  # a plugin after podlane may have changed it a moment ago
+                self._loop.sync(_ADD_SECONDS, look=True)  # a plugin after podlane may have changed it a moment ago
             check.check(call.attachment, pod, prev, netns, call.config.runtime_config.bandwidth)
             if pod is not None and is_active:
-                self._loop.sync(_ADD_SECONDS, full=True)  # what was changed since the last full pass counts too
+                self._loop.sync(_ADD_SECONDS, look=True)  # what was changed since the last full pass counts too
                 self._loop.check(pod)
 
     def gc(self, call: Call, request: Request) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from agent.cluster import Cluster, ClusterNode
 from agent.config import IPV6_MIN_MTU
-from agent.state import Address, Lanes, Network, PeerRoute, Routing, Uplink
+from agent.state import Address, Lanes, Network, PeerRoute, Prefix, Routing, Uplink
 
 Lane = Literal["direct", "vxlan", "routed"]
 """To the node itself, on-link; wrapped; or as any other packet, by routers that know the way (`routing: direct`)."""
@@ -48,11 +48,12 @@ class Place:
 class Way:
     """The way to one node: the lanes of each family, the routes to its pods, and the prefixes that are its own."""
 
+    node: ClusterNode
     peer: Address | None
     """The address at which it is called."""
     lanes: Mapping[int, Lane]
-    routes: Mapping[Network, PeerRoute]
-    prefixes: Mapping[Network, Lanes]
+    routes: Mapping[Prefix, PeerRoute]
+    prefixes: Mapping[Prefix, Lanes]
     refused: str = ""
     """Which of its pod CIDRs are not reached, and why; empty if all are."""
 
@@ -62,8 +63,8 @@ class Peers:
     """The ways to all nodes, by their names, and these together with the prefixes of the place."""
 
     ways: Mapping[str, Way] = field(default_factory=dict)
-    routes: dict[Network, PeerRoute] = field(default_factory=dict)
-    prefixes: dict[Network, Lanes] = field(default_factory=dict)
+    routes: dict[Prefix, PeerRoute] = field(default_factory=dict)
+    prefixes: dict[Prefix, Lanes] = field(default_factory=dict)
     counts: Mapping[tuple[Lane, int], int] = field(default_factory=dict)
     """How many nodes are reached by which lane, by lane and family."""
     needs_tunnel: bool = False
@@ -78,7 +79,7 @@ class Ways:
     def __init__(self) -> None:
         self._place = Place("auto")
         self._covers = _Covers({})
-        self._nodes: dict[str, ClusterNode] = {}
+        self._routes: dict[PeerRoute, PeerRoute] = {}  # those by the tunnel are all alike
         self._cluster: Cluster | None = None
         self._paths: Mapping[Address, int] = {}
         self._peers = Peers()
@@ -94,28 +95,34 @@ class Ways:
             return self._peers
         if moved:
             self._covers = _Covers(place.prefixes)
+            self._routes = {}
         changed = {each for each in paths.keys() | self._paths.keys() if paths.get(each) != self._paths.get(each)}
         ways: dict[str, Way] = {}
         for node in cluster.peers:
-            known = self._peers.ways[node.name] if not moved and self._nodes.get(node.name) == node else None
-            fits = known is not None and changed.isdisjoint(node.addresses)
-            ways[node.name] = known if known and fits else _way(place, self._covers, node, paths)
+            way = None if moved else self._peers.ways.get(node.name)
+            fits = way is not None and (way.node is node or way.node == node) and changed.isdisjoint(node.addresses)
+            ways[node.name] = way if way is not None and fits else self._way(place, node, paths)
         self._place, self._cluster, self._paths = place, cluster, paths
-        self._nodes = {node.name: node for node in cluster.peers}
         self._peers = _together(place, ways, cluster.own)
         return self._peers
 
+    def _way(self, place: Place, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+        way = _way(place, self._covers, node, paths)
+        return replace(way, routes={prefix: self._routes.setdefault(each, each) for prefix, each in way.routes.items()})
+
 
 def _together(place: Place, ways: Mapping[str, Way], own: ClusterNode | None) -> Peers:
-    routes: dict[Network, PeerRoute] = {}
-    prefixes: dict[Network, Lanes] = {}
-    counts: Counter[tuple[Lane, int]] = Counter()
+    routes: dict[Prefix, PeerRoute] = {}
+    prefixes: dict[Prefix, Lanes] = {}
     for way in ways.values():
         routes.update(way.routes)
-        for network, lanes in way.prefixes.items():
-            if network not in prefixes or _is_called_at(network, lanes):
-                prefixes[network] = lanes
-        counts.update((lane, family) for family, lane in way.lanes.items())
+        for prefix, lanes in way.prefixes.items():
+            if prefix not in prefixes or _is_called_at(prefix, lanes):
+                prefixes[prefix] = lanes
+    lanes_of = Counter(tuple(way.lanes.items()) for way in ways.values())
+    counts: Counter[tuple[Lane, int]] = Counter()
+    for each, count in lanes_of.items():
+        counts.update({(lane, family): count for family, lane in each})
     needs_tunnel = any(map(_needs_tunnel, ways.values()))
     refused = {name: way.refused for name, way in ways.items() if way.refused}
     if own is not None and (why := _harmless(place, own.pod_cidrs)[1]):
@@ -126,24 +133,24 @@ def _together(place: Place, ways: Mapping[str, Way], own: ClusterNode | None) ->
 def _needs_tunnel(way: Way) -> bool:
     """Say whether the tunnel leads to anything of the node's: a lane of a family that it has nothing of does not."""
     tunnelled = {family for family, lane in way.lanes.items() if lane == "vxlan"}
-    return way.peer is not None and bool(tunnelled) and any(each.version in tunnelled for each in way.prefixes)
+    claimed = (*way.node.pod_cidrs, *way.node.addresses) if tunnelled and way.peer else ()
+    return any(each.version in tunnelled for each in claimed)
 
 
-def _is_called_at(network: Network, lanes: Lanes) -> bool:
-    return lanes.node and network.network_address == lanes.peer
+def _is_called_at(prefix: Prefix, lanes: Lanes) -> bool:
+    return lanes.node and lanes.peer is not None and prefix == Prefix.of_address(lanes.peer)
 
 
-def _within(inner: Mapping[Network, Lanes], outer: Mapping[Network, Lanes]) -> dict[Network, Lanes]:
+def _within(inner: Mapping[Network, Lanes], outer: Mapping[Prefix, Lanes]) -> dict[Prefix, Lanes]:
     """Return the `inner` prefixes, each with what it has from the longest of the `outer` ones that covers it."""
-    lengths = sorted({(each.version, each.prefixlen) for each in outer}, reverse=True)
-    result = dict(inner)
-    for network, lanes in inner.items():
-        for version, length in lengths:
-            if version == network.version and length <= network.prefixlen:
-                covering = outer.get(network.supernet(new_prefix=length))
-                if covering is not None:
-                    result[network] = replace(covering, node=False, stack=lanes.stack or covering.stack)
-                    break
+    lengths = sorted({each.length for each in outer}, reverse=True)
+    result = {Prefix.of(network): lanes for network, lanes in inner.items()}
+    for prefix, lanes in list(result.items()):
+        for length in lengths:
+            covering = outer.get(prefix.covering(length)) if length <= prefix.length else None
+            if covering is not None:
+                result[prefix] = replace(covering, node=False, stack=lanes.stack or covering.stack)
+                break
     return result
 
 
@@ -173,13 +180,13 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     mtu = _narrower(place, peer, paths)
     lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
     pod_cidrs, refused = _harmless(place, node.pod_cidrs)
-    routes: dict[Network, PeerRoute] = {}
+    routes: dict[Prefix, PeerRoute] = {}
     for cidr in pod_cidrs:
         route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
         if route is not None:
-            routes[cidr] = route
+            routes[Prefix.of(cidr)] = route
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
-    prefixes: dict[Network, Lanes] = {}
+    prefixes: dict[Prefix, Lanes] = {}
     same: dict[Lanes, Lanes] = {}  # as a rule, both families share theirs
     for networks, is_node in ((pod_cidrs, False), (_own_prefixes(place, node), True)):
         for network in networks:
@@ -193,8 +200,8 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
                 tunnel=tunnel,
                 mtu=_narrower(place, called, paths) if tunnel else 0,
             )
-            prefixes[network] = same.setdefault(found, found)
-    return Way(peer, lanes, routes, prefixes, refused)
+            prefixes[Prefix.of(network)] = same.setdefault(found, found)
+    return Way(node, peer, lanes, routes, prefixes, refused)
 
 
 def _harmless(place: Place, pod_cidrs: Sequence[Network]) -> tuple[Sequence[Network], str]:

@@ -20,6 +20,7 @@ from agent.state import (
     Network,
     PeerRoute,
     PodPort,
+    Prefix,
     Queue,
     Settings,
     State,
@@ -51,13 +52,13 @@ class Outside:
 
     uplinks: Mapping[str, Uplink] = field(default_factory=dict)
     node_addresses: frozenset[Address] = frozenset()
-    prefixes: dict[Network, Lanes] = field(default_factory=dict)
+    prefixes: dict[Prefix, Lanes] = field(default_factory=dict)
     settings: Settings | None = None
     mtu: int = 0
     sockets: Mapping[str, int] = field(default_factory=dict)
     """As in `State`; nothing if the node has no cgroup2."""
     tunnel: Tunnel | None = None
-    peer_routes: dict[Network, PeerRoute] = field(default_factory=dict)
+    peer_routes: dict[Prefix, PeerRoute] = field(default_factory=dict)
     live: bool = True
     """Whether the cluster's nodes are known; if not, what there is of others stays."""
 

@@ -112,10 +112,11 @@ class Surroundings:
         return self._config.mtu or _inside(uplink_mtu, self._overhead)
 
     def _look(self) -> _Seen:
+        ways = netlink.hops()  # once: among thousands of routes it takes 10 ms
         self._seen = _Seen(
-            netlink.uplinks(self._config.masquerade.uplinks),
+            netlink.uplinks(self._config.masquerade.uplinks, ways),
             netlink.node_addresses(),
-            netlink.uplink_mtu(),
+            netlink.uplink_mtu(netlink.default_devices(ways)),
             netlink.path_mtus() if self._overhead else {},
             dict.fromkeys(CALLS, cgroup.number(self.cgroup)) if self.cgroup else {},
         )

@@ -9,13 +9,20 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_network
 from pathlib import Path
 
 from agent.datapath.cache import compiled
+from agent.state import Address, Prefix
 
 ROOT = Path(__file__).resolve().parent.parent
 _CACHE = ROOT / "build" / "test-cache"
 _CLONE_NEWNET = 0x40000000
+
+
+def prefix(text: str | Address) -> Prefix:
+    """Return what `ip_network` makes of it, as tables have it."""
+    return Prefix.of(ip_network(text))
 
 
 @contextmanager

@@ -7,43 +7,45 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from ipaddress import IPv4Address, IPv6Address, ip_network
-from typing import Generic, TypeVar
+from ipaddress import IPv4Address, IPv6Address
+from typing import ClassVar, Generic, TypeVar
 
-from ..state import Address, Endpoint, HostPort, KernelError, Lanes, Network, PodPort, Settings, Sources, TunnelEnd
+from ..state import Address, Endpoint, HostPort, KernelError, Lanes, PodPort, Prefix, Settings, Sources, TunnelEnd
 from .layout import Value
 from .maps import Map
 
 K = TypeVar("K")
 V = TypeVar("V")
 
-_MAPPED_BITS = 96  # of an IPv4 address in its IPv6 form, before the address itself
 _NOBODY = {"word": bytes(16)}
-_FORGET = 1000  # entries that were seen once, before they are forgotten
 
 
 class MapTable(ABC, Generic[K, V]):
     """`Table[K, V]` by a map; subclasses say how keys and values stand in it."""
 
+    KEEPS_KEYS: ClassVar[bool] = True
+    """Whether keys are decoded once only."""
+
     def __init__(self, entries: Map) -> None:
         self._map = entries
-        self._keys: dict[bytes, K] = {}  # as they stand in the map: there may be thousands
+        self._keys: dict[bytes, K] = {}  # as they stand in the map
         self._values: dict[bytes, V] = {}
 
     def read(self) -> dict[K, V]:
         """Return all entries."""
-        keys, values = self._keys, self._values
+        known_keys, self._keys = self._keys, {}
+        known_values, self._values = self._values, {}
         found: dict[K, V] = {}
         for raw_key, raw_value in self._map.items_bytes():
-            if raw_key not in keys:
-                keys[raw_key] = self._key(self._map.key.decode(raw_key))
-            if raw_value not in values:
-                values[raw_value] = self._value(self._map.value.decode(raw_value))
-            found[keys[raw_key]] = values[raw_value]
-        used = set(map(id, found.values()))
-        if len(keys) - len(found) > _FORGET or len(values) - len(used) > _FORGET:
-            self._keys = {raw: key for raw, key in keys.items() if key in found}
-            self._values = {raw: value for raw, value in values.items() if id(value) in used}
+            key = known_keys.get(raw_key)
+            if key is None:
+                key = self._key(raw_key)
+            if self.KEEPS_KEYS:
+                self._keys[raw_key] = key
+            if raw_value not in self._values:
+                value = known_values.get(raw_value)
+                self._values[raw_value] = self._value(self._map.value.decode(raw_value)) if value is None else value
+            found[key] = self._values[raw_value]
         return found
 
     def upsert(self, items: Mapping[K, V]) -> dict[K, KernelError]:
@@ -57,11 +59,11 @@ class MapTable(ABC, Generic[K, V]):
     def _write(self, key: K, value: V) -> None:
         raw_key, raw_value = self._map.key.encode(self._raw_key(key)), self._map.value.encode(self._raw_value(value))
         self._map.update_bytes(raw_key, raw_value)
-        # So `read` returns these very objects, which compare by identity: twenty times as fast.
-        self._keys[raw_key], self._values[raw_value] = key, value
+        # So `read` returns this very object, or one that is equal: comparing by identity is twenty times as fast.
+        self._values[raw_value] = value
 
     @abstractmethod
-    def _key(self, raw: Value) -> K: ...
+    def _key(self, raw: bytes) -> K: ...
 
     @abstractmethod
     def _value(self, raw: Value) -> V: ...
@@ -76,8 +78,8 @@ class MapTable(ABC, Generic[K, V]):
 class EndpointTable(MapTable[Address, Endpoint]):
     """The map `endpoints`: the local pods by address."""
 
-    def _key(self, raw: Value) -> Address:
-        return to_address(raw)
+    def _key(self, raw: bytes) -> Address:
+        return to_address(self._map.key.decode(raw))
 
     def _value(self, raw: Value) -> Endpoint:
         return Endpoint(
@@ -100,8 +102,8 @@ class EndpointTable(MapTable[Address, Endpoint]):
 class UplinkTable(MapTable[int, Sources]):
     """The map `uplinks`: the devices that lead out, by index."""
 
-    def _key(self, raw: Value) -> int:
-        return int(raw)
+    def _key(self, raw: bytes) -> int:
+        return int(self._map.key.decode(raw))
 
     def _value(self, raw: Value) -> Sources:
         return to_sources(raw)
@@ -116,8 +118,8 @@ class UplinkTable(MapTable[int, Sources]):
 class AddressTable(MapTable[Address, int]):
     """The map `node_addresses`: a set."""
 
-    def _key(self, raw: Value) -> Address:
-        return to_address(raw)
+    def _key(self, raw: bytes) -> Address:
+        return to_address(self._map.key.decode(raw))
 
     def _value(self, raw: Value) -> int:
         return int(raw)
@@ -132,8 +134,9 @@ class AddressTable(MapTable[Address, int]):
 class HostPortTable(MapTable[HostPort, PodPort]):
     """The map `host_ports`."""
 
-    def _key(self, raw: Value) -> HostPort:
-        return HostPort(to_address(raw["address"]), socket.ntohs(raw["port"]), raw["protocol"])
+    def _key(self, raw: bytes) -> HostPort:
+        key = self._map.key.decode(raw)
+        return HostPort(to_address(key["address"]), socket.ntohs(key["port"]), key["protocol"])
 
     def _value(self, raw: Value) -> PodPort:
         return PodPort(to_address(raw["address"]), socket.ntohs(raw["port"]))
@@ -148,8 +151,8 @@ class HostPortTable(MapTable[HostPort, PodPort]):
 class TunnelTable(MapTable[int, TunnelEnd]):
     """The map `tunnels`: the tunnel's device, by index."""
 
-    def _key(self, raw: Value) -> int:
-        return int(raw)
+    def _key(self, raw: bytes) -> int:
+        return int(self._map.key.decode(raw))
 
     def _value(self, raw: Value) -> TunnelEnd:
         sources = to_sources(raw)
@@ -163,20 +166,21 @@ class TunnelTable(MapTable[int, TunnelEnd]):
         return {"vni": value.vni, "mtu": value.mtu, "mac": mac, **from_sources(Sources(value.ipv4, value.ipv6))}
 
 
-class PrefixTable(MapTable[Network, Lanes]):
+class PrefixTable(MapTable[Prefix, Lanes]):
     """The map `prefixes`; `native`, `stack` and `node` are the bits that lanes have in it."""
+
+    KEEPS_KEYS = False  # to decode one takes no longer than to find it, and there may be thousands
 
     def __init__(self, entries: Map, *, native: int, stack: int, node: int) -> None:
         super().__init__(entries)
+        self._packed = entries.key.picker("length", "address")
         self._native = native
         self._stack = stack
         self._node = node
 
-    def _key(self, raw: Value) -> Network:
-        address, length = to_address(raw["address"]), raw["length"]
-        if isinstance(address, IPv4Address):
-            return ip_network((address, length - _MAPPED_BITS))
-        return ip_network((address, length))
+    def _key(self, raw: bytes) -> Prefix:
+        length, address = self._packed.unpack(raw)
+        return Prefix.pack(address, length)
 
     def _value(self, raw: Value) -> Lanes:
         peer = to_address(raw["peer"])
@@ -189,9 +193,8 @@ class PrefixTable(MapTable[Network, Lanes]):
             mtu=raw["mtu"],
         )
 
-    def _raw_key(self, key: Network) -> Value:
-        length = key.prefixlen + (_MAPPED_BITS if key.version == 4 else 0)
-        return {"length": length, "address": from_address(key.network_address)}
+    def _raw_key(self, key: Prefix) -> Value:
+        return {"length": key[16], "address": {"word": key[:16]}}
 
     def _raw_value(self, value: Lanes) -> Value:
         return {
@@ -210,8 +213,8 @@ class SettingsTable(MapTable[int, Settings]):
         self._numbers = other_protocols
         self._names = {number: name for name, number in other_protocols.items()}
 
-    def _key(self, raw: Value) -> int:
-        return int(raw)
+    def _key(self, raw: bytes) -> int:
+        return int(self._map.key.decode(raw))
 
     def _value(self, raw: Value) -> Settings:
         other = self._names.get(raw["other_protocols"], f"unknown:{raw['other_protocols']}")

@@ -27,7 +27,7 @@ _SILENCE_SECONDS = _WATCH_SECONDS + 30.0
 _STEADY_SECONDS = 10.0  # a watch that lived as long is no failure
 _PAUSE = 0.3  # seconds between reports, at least
 _NOT_ASKED = "the API server was not asked yet"
-_SHARE = 10  # a report that took a second is followed by so many without one
+_SHARE = 25  # a report that took a second is followed by so many without one
 
 
 class NodeSource:

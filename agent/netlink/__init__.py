@@ -5,17 +5,22 @@ opens its own socket (5 µs) and keeps nothing: any number of threads may call. 
 `KernelError`.
 """
 
+import agent.netlink.sparing  # noqa: F401  # before the others, which import pyroute2
+
+# isort: split
 from agent.netlink.addresses import GatewayTable
 from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
     ALIAS_PREFIX,
     NAME_PREFIX,
     TUNNEL,
+    default_devices,
     delete_device,
     devices,
     enable_forwarding,
     fallen_devices,
     forwarding_enabled,
+    hops,
     index,
     own_devices,
     tunnel_index,
@@ -59,6 +64,7 @@ __all__ = [
     "configure_pod",
     "create_pair",
     "create_shaper",
+    "default_devices",
     "delete_device",
     "devices",
     "enable_forwarding",
@@ -66,6 +72,7 @@ __all__ = [
     "foreign_queues",
     "forget_pod",
     "forwarding_enabled",
+    "hops",
     "index",
     "introduce_node",
     "is_netns",

@@ -12,9 +12,10 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 from pyroute2.netlink import (
     NETLINK_EXT_ACK,
@@ -32,6 +33,7 @@ from pyroute2.netlink import (
 from agent.state import KernelError
 
 K = TypeVar("K")
+T = TypeVar("T")
 
 NETLINK_CAP_ACK = 10  # linux/netlink.h: an error does not bring the whole request back; pyroute2 has no name for it
 NLMSGERR_ATTR_MSG = 1
@@ -58,8 +60,7 @@ class Request:
     tolerated: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message from the kernel: type (RTM_…), flags, sequence number, and what follows the header."""
 
     type: int
@@ -86,18 +87,18 @@ def request(
     return Request(what, bytes(encoded.data), tolerated)
 
 
-def perform(requests: Sequence[Request]) -> None:
+def perform(requests: Iterable[Request]) -> None:
     """Send the requests in order. Raises the first KernelError; the requests after it are tried too."""
     for failure in execute(requests):
         if failure:
             raise failure
 
 
-def execute(requests: Sequence[Request]) -> list[KernelError | None]:
+def execute(requests: Iterable[Request]) -> list[KernelError | None]:
     """Send the requests in order and return, in the same order, what became of each: None means done."""
     results: list[KernelError | None] = []
-    for start in range(0, len(requests), BATCH):
-        batch = requests[start : start + BATCH]
+    waiting = iter(requests)
+    while batch := list(islice(waiting, BATCH)):
         try:
             with _open() as channel:
                 results += _exchange(channel, batch)
@@ -106,8 +107,8 @@ def execute(requests: Sequence[Request]) -> list[KernelError | None]:
     return results
 
 
-def each(keys: Sequence[K], requests: Sequence[Request]) -> dict[K, KernelError]:
-    """Send one request per key; return the failures by key."""
+def each(keys: Iterable[K], requests: Iterable[Request]) -> dict[K, KernelError]:
+    """Send one request per key; return the failures by key. There may be thousands: they are made as they are sent."""
     return {key: failure for key, failure in zip(keys, execute(requests), strict=True) if failure}
 
 
@@ -127,13 +128,27 @@ def ask(queries: Sequence[Request]) -> list[Message | None]:
 
 def dump(query: Request) -> list[Message]:
     """Return the messages that answer a dump. Raises KernelError, also if no answer was consistent."""
+    return dump_by(query, lambda answer: answer)
+
+
+def dump_by(query: Request, read: Callable[[Message], T | None]) -> list[T]:
+    """Return what `read` makes of the messages that answer a dump, but for None. Raises KernelError as `dump`.
+
+    There may be thousands, most of them of no concern: none is kept for longer than it takes to read it.
+    """
     try:
         for _ in range(DUMP_ATTEMPTS):
+            found: list[T] = []
+            flags = 0
             with _open() as channel:
                 channel.send(_numbered(query, 0, NLM_F_DUMP))
-                answers = list(_until_done(channel, query))
-            if not any(answer.flags & NLM_F_DUMP_INTR for answer in answers):
-                return answers
+                for answer in _until_done(channel, query):
+                    flags |= answer.flags
+                    value = read(answer)
+                    if value is not None:
+                        found.append(value)
+            if not flags & NLM_F_DUMP_INTR:
+                return found
     except OSError as error:
         raise kernel_error(query.what, error) from error
     raise KernelError(f"{query.what}: it changed during each of {DUMP_ATTEMPTS} attempts")
@@ -147,7 +162,7 @@ def attributes(data: bytes, offset: int) -> dict[int, bytes]:
         if length < ATTRIBUTE.size:
             break
         found[kind & ATTRIBUTE_TYPE] = data[offset + ATTRIBUTE.size : offset + length]
-        offset += _aligned(length)
+        offset += (length + 3) & ~3
     return found
 
 
@@ -159,7 +174,7 @@ def messages(datagram: bytes) -> Iterator[Message]:
         if length < HEADER.size:
             break
         yield Message(kind, flags, sequence, datagram[offset + HEADER.size : offset + length])
-        offset += _aligned(length)
+        offset += (length + 3) & ~3
 
 
 def kernel_error(what: str, error: OSError, reason: str = "") -> KernelError:
@@ -220,7 +235,3 @@ def _result(asked: Request, answer: Message) -> KernelError | None:
 def _numbered(item: Request, number: int, flags: int) -> bytes:
     length, kind, own, _, port = HEADER.unpack_from(item.data)
     return HEADER.pack(length, kind, own | flags, number, port) + item.data[HEADER.size :]
-
-
-def _aligned(length: int) -> int:
-    return (length + 3) & ~3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -22,7 +22,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.netlink import sysctl
-from agent.netlink.channel import attributes, dump, perform, request
+from agent.netlink.channel import Message, attributes, dump, dump_by, perform, request
 from agent.netlink.encode import message
 from agent.netlink.rtnl import (
     ADDRESS,
@@ -33,6 +33,7 @@ from agent.netlink.rtnl import (
     LINK,
     NEXTHOP,
     NO_LINK,
+    PEER_PROTOCOL,
     PROTOCOL,
     ROUTE,
     RT_SCOPE_UNIVERSE,
@@ -124,18 +125,18 @@ def delete_device(name: str) -> None:
     perform([message(f"delete device {name}", RTM_DELLINK, 0, NO_LINK, name_only, tolerated=(errno.ENODEV,))])
 
 
-def uplink_mtu() -> int:
+def uplink_mtu(routed: Collection[int] | None = None) -> int:
     """Return the MTU, in bytes, of what leads out of this node. Raises KernelError.
 
-    The smallest among the devices of the default routes; without one, among the devices with a global
-    address; else that of Ethernet.
+    The smallest among the devices of the default routes (`routed`, if these are known); without one, among the devices
+    with a global address; else that of Ethernet.
     """
+    routed = default_devices(hops()) if routed is None else routed
     outward = (link for link in links() if not link.flags & IFF_LOOPBACK and not is_own(link))
     mtus = {link.index: u32(link.attributes[IFLA_MTU]) for link in outward}
-    for uplinks in (default_route_devices(), _addressed_devices()):
-        if known := [mtus[number] for number in uplinks if number in mtus]:
-            return min(known)
-    return DEFAULT_MTU
+    known = [mtus[number] for number in routed if number in mtus]
+    known = known or [mtus[number] for number in _addressed_devices() if number in mtus]
+    return min(known, default=DEFAULT_MTU)
 
 
 def forwarding_enabled() -> bool:
@@ -186,22 +187,28 @@ def tunnel_index() -> int:
     return next((link.index for link in own_links("vxlan") if link.name == TUNNEL), 0)
 
 
-def default_route_devices() -> set[int]:
-    """Return the indexes of the devices that default routes of the main table use. Raises KernelError."""
-    return {hop.device for hop in hops() if hop.of_default}
+def default_devices(hops: Iterable[Hop]) -> set[int]:
+    """Return the indexes of the devices to which default routes lead by these hops."""
+    return {hop.device for hop in hops if hop.of_default}
 
 
-def hops() -> Iterator[Hop]:
-    """Yield the hops of the main table's routes, but those of podlane's own to pods. Raises KernelError."""
-    # ip route show table main; ip -6 route show table main
+def hops() -> list[Hop]:
+    """Return the hops of the main table's routes, but those of podlane's own. Raises KernelError."""
+    # ip route show table main; ip -6 route show table main. The kernel cannot leave podlane's out.
+    found = []
     for family in FAMILY.values():
         fields = {"family": family, "table": RT_TABLE_MAIN, "type": RTN_UNICAST}
-        for answer in dump(request("list routes", rtmsg, RTM_GETROUTE, fields=fields)):
-            _, bits, table, protocol, _, kind, _ = ROUTE.unpack_from(answer.body)
-            is_meant = answer.type == RTM_NEWROUTE and (table, kind) == (RT_TABLE_MAIN, RTN_UNICAST)
-            if is_meant and (protocol != PROTOCOL or not bits):  # there may be thousands of podlane's
-                for device, route in _ways(attributes(answer.body, ROUTE.size)):
-                    yield Hop(device, _gateway(route), not bits)
+        for answer in dump_by(request("list routes", rtmsg, RTM_GETROUTE, fields=fields), _others_route):
+            for device, way in _ways(attributes(answer.body, ROUTE.size)):
+                found.append(Hop(device, _gateway(way), not answer.body[1]))
+    return found
+
+
+def _others_route(answer: Message) -> Message | None:
+    if answer.body[5] in (PROTOCOL, PEER_PROTOCOL) and answer.body[1]:  # struct rtmsg: who has made it, and its length
+        return None
+    _, _, table, _, _, kind, _ = ROUTE.unpack_from(answer.body)
+    return answer if (answer.type, table, kind) == (RTM_NEWROUTE, RT_TABLE_MAIN, RTN_UNICAST) else None
 
 
 def _ways(route: dict[int, bytes]) -> Iterator[tuple[int, dict[int, bytes]]]:

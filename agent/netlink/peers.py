@@ -5,17 +5,18 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
+from typing import NamedTuple, Self
 
 from pyroute2.netlink.rtnl import RTM_DELROUTE, RTM_NEWROUTE
 
-from agent.netlink.channel import Message, Request, each, errno_of
-from agent.netlink.devices import tunnel_index
+from agent.netlink.channel import Request, attributes, each, errno_of
 from agent.netlink.encode import Value, message
 from agent.netlink.rtnl import (
     ADD,
     CHANGE,
     FAMILY,
-    PROTOCOL,
+    PEER_PROTOCOL,
     ROUTE,
     RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
@@ -28,65 +29,90 @@ from agent.netlink.rtnl import (
     RTAX_LOCK,
     RTAX_MTU,
     RTN_UNICAST,
+    U32,
+    u32,
 )
-from agent.netlink.tables import OwnRoute, decoded, own_routes
-from agent.state import KernelError, Network, PeerRoute
+from agent.netlink.tables import own_routes
+from agent.state import KernelError, Network, PeerRoute, Prefix
 
-_FORGET = 1000  # routes that were seen once, before they are forgotten
 _VIA = struct.Struct("=H")  # struct rtvia: family, then the address
 
 
 class PeerRouteTable:
-    """`Table[Network, PeerRoute]`: the host's routes to other nodes' pods, which have a next hop or use the tunnel."""
+    """`Table[Prefix, PeerRoute]`: the host's routes to other nodes' pods, by a next hop or the tunnel."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, OwnRoute] = {}  # by the message that tells of it: there may be thousands
-        self._written: dict[Network, OwnRoute] = {}  # and not read yet
+        self._ways: dict[_Way, PeerRoute] = {}  # of all routes, which share them where they are equal
 
-    def read(self) -> dict[Network, PeerRoute]:
+    def read(self) -> dict[Prefix, PeerRoute]:
         """Return podlane's routes to other nodes. Raises KernelError."""
-        tunnel = tunnel_index()
-        routes = [each for each in own_routes(RTN_UNICAST, self._decode) if each.leads_to_peer(tunnel)]
-        found = {each.network: each.way for each in routes}
-        self._written.clear()
-        if len(self._known) - len(routes) > _FORGET:
-            self._known = {body: each for body, each in self._known.items() if found.get(each.network) is each.way}
+        before, ways = self._ways, {}
+
+        def decode(packed: bytes, length: int, route: Mapping[int, bytes]) -> tuple[Prefix, PeerRoute]:
+            way = _way(route)
+            if way not in ways:
+                # Better what was written, if it is equal: others hold it anyway, and identity is compared fast.
+                ways[way] = before.get(way) or way.route()
+            return Prefix.pack(packed, length), ways[way]
+
+        found = dict(own_routes(PEER_PROTOCOL, RTN_UNICAST, decode))
+        self._ways = ways
         return found
 
-    def _decode(self, answer: Message) -> OwnRoute:
-        route = self._known.get(answer.body)
-        if route is None:
-            route = decoded(answer)
-            written = self._written.get(route.network)
-            # Better what was written, if it is equal: others hold it anyway, and identity is compared fast.
-            self._known[answer.body] = route = written if written == route else route
-        return route
-
-    def upsert(self, items: Mapping[Network, PeerRoute]) -> dict[Network, KernelError]:
+    def upsert(self, items: Mapping[Prefix, PeerRoute]) -> dict[Prefix, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
-        failures = each(list(items), [_add(*item, ADD) for item in items.items()])
+        failures = each(items, (_add(*item, ADD) for item in items.items()))
         taken = [network for network, failure in failures.items() if errno_of(failure) == errno.EEXIST]
         if taken:
             known = self.read()
             ours = [network for network in taken if network in known]
             replaced = each(ours, [_add(network, items[network], CHANGE) for network in ours])
             failures = {key: value for key, value in failures.items() if key not in ours} | replaced
-        self._written |= {network: OwnRoute(network, way) for network, way in items.items()}
+        self._ways.update((_Way.of(route), route) for route in items.values())
         return failures
 
-    def delete(self, keys: Iterable[Network]) -> dict[Network, KernelError]:
+    def delete(self, keys: Iterable[Prefix]) -> dict[Prefix, KernelError]:
         """Delete podlane's routes to the given prefixes; one that is already gone counts as deleted."""
         keys = list(keys)
-        return each(keys, [_delete(network) for network in keys])
+        return each(keys, (_delete(network) for network in keys))
+
+
+class _Way(NamedTuple):
+    """A `PeerRoute` as it stands in a message: index, addresses (none: empty), and MTU (none: 0)."""
+
+    device: bytes
+    gateway: bytes
+    source: bytes
+    mtu: int
+
+    @classmethod
+    def of(cls, route: PeerRoute) -> Self:
+        gateway, source = (each.packed if each else b"" for each in (route.gateway, route.source))
+        return cls(U32.pack(route.ifindex), gateway, source, route.mtu)
+
+    def route(self) -> PeerRoute:
+        gateway, source = (ip_address(each) if each else None for each in (self.gateway, self.source))
+        return PeerRoute(u32(self.device), gateway, source, self.mtu)
+
+
+def _way(route: Mapping[int, bytes]) -> _Way:
+    metrics = attributes(route[RTA_METRICS], 0) if RTA_METRICS in route else {}
+    return _Way(
+        route.get(RTA_OIF, bytes(U32.size)),
+        route.get(RTA_GATEWAY) or route.get(RTA_VIA, b"")[_VIA.size :],
+        route.get(RTA_PREFSRC, b""),
+        u32(metrics[RTAX_MTU]) if RTAX_MTU in metrics else 0,
+    )
 
 
 def _body(network: Network) -> bytes:
     family = FAMILY[network.version]
-    return ROUTE.pack(family, network.prefixlen, RT_TABLE_MAIN, PROTOCOL, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0)
+    return ROUTE.pack(family, network.prefixlen, RT_TABLE_MAIN, PEER_PROTOCOL, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0)
 
 
-def _add(network: Network, route: PeerRoute, flags: int) -> Request:
-    # ip route add NETWORK [via [inet6] GATEWAY] dev DEVICE [src SOURCE] [mtu lock MTU] proto 112
+def _add(prefix: Prefix, route: PeerRoute, flags: int) -> Request:
+    # ip route add NETWORK [via [inet6] GATEWAY] dev DEVICE [src SOURCE] [mtu lock MTU] proto 111
+    network = prefix.network
     entry: list[tuple[int, Value]] = [(RTA_DST, network.network_address), (RTA_OIF, route.ifindex)]
     if route.gateway is not None and route.gateway.version == network.version:
         entry.append((RTA_GATEWAY, route.gateway))
@@ -101,8 +127,9 @@ def _add(network: Network, route: PeerRoute, flags: int) -> Request:
     return message(what, RTM_NEWROUTE, flags, _body(network), entry)
 
 
-def _delete(network: Network) -> Request:
-    # ip route delete NETWORK proto 112
+def _delete(prefix: Prefix) -> Request:
+    # ip route delete NETWORK proto 111
+    network = prefix.network
     gone = (errno.ESRCH, errno.ENOENT)
     what = f"delete route {network} to another node"
     return message(what, RTM_DELROUTE, 0, _body(network), [(RTA_DST, network.network_address)], tolerated=gone)

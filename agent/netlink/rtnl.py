@@ -7,8 +7,10 @@ import struct
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE
 
-# How podlane marks its own routes and neighbours (`ip route show proto 112`), and its place among tc filters.
+# How podlane marks its own routes and neighbours (`ip route show proto 112`), and its place among tc filters. Routes to
+# other nodes have a number of their own, so that the kernel can leave them out where there are thousands.
 PROTOCOL = 112
+PEER_PROTOCOL = 111
 
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}  # by IP version
 

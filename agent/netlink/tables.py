@@ -8,8 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pyroute2.netlink.rtnl import (
     RTM_DELNEIGH,
@@ -22,8 +21,7 @@ from pyroute2.netlink.rtnl import (
 from pyroute2.netlink.rtnl.ndmsg import NUD_PERMANENT, ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from agent.netlink.channel import Message, Request, attributes, dump, each, errno_of, request
-from agent.netlink.devices import tunnel_index
+from agent.netlink.channel import Message, Request, attributes, dump, dump_by, each, errno_of, request
 from agent.netlink.encode import Attributes, mac, message
 from agent.netlink.rtnl import (
     ADD,
@@ -40,21 +38,19 @@ from agent.netlink.rtnl import (
     RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
     RTA_DST,
-    RTA_GATEWAY,
-    RTA_METRICS,
     RTA_OIF,
     RTA_PREFSRC,
     RTA_PRIORITY,
-    RTA_VIA,
-    RTAX_MTU,
     RTN_UNICAST,
     RTN_UNREACHABLE,
     u32,
 )
-from agent.state import Address, HostRoute, KernelError, Neighbour, Network, PeerRoute
+from agent.state import Address, HostRoute, KernelError, Neighbour, Network
 
 # The metric of unreachable subnets: whoever knows a way into one of them, as the node itself may, comes first.
 _LAST = 1 << 31
+
+T = TypeVar("T")
 
 HOST_BITS: dict[int, int] = {FAMILY[4]: 32, FAMILY[6]: 128}
 
@@ -64,12 +60,14 @@ class RouteTable:
 
     def read(self) -> dict[Address, HostRoute]:
         """Return podlane's host routes. Raises KernelError."""
-        tunnel = tunnel_index()
-        return {
-            route.network.network_address: HostRoute(route.way.ifindex, route.way.source)
-            for route in own_routes(RTN_UNICAST, hosts=True)
-            if not route.leads_to_peer(tunnel)
-        }
+
+        def decode(packed: bytes, length: int, route: Mapping[int, bytes]) -> tuple[Address, HostRoute] | None:
+            if length != 8 * len(packed):
+                return None
+            source = _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None
+            return _address(packed), HostRoute(u32(route[RTA_OIF]), source)
+
+        return dict(own_routes(PROTOCOL, RTN_UNICAST, decode))
 
     def upsert(self, items: Mapping[Address, HostRoute]) -> dict[Address, KernelError]:
         """Create or replace the given routes; a route of someone else in the same place is a failure."""
@@ -95,7 +93,11 @@ class SubnetTable:
 
     def read(self) -> dict[Network, Literal["unreachable"]]:
         """Return podlane's unreachable subnets. Raises KernelError."""
-        return {route.network: "unreachable" for route in own_routes(RTN_UNREACHABLE)}
+
+        def decode(packed: bytes, length: int, _: Mapping[int, bytes]) -> Network:
+            return ipaddress.ip_network((packed, length))
+
+        return dict.fromkeys(own_routes(PROTOCOL, RTN_UNREACHABLE, decode), "unreachable")
 
     def upsert(self, items: Mapping[Network, Literal["unreachable"]]) -> dict[Network, KernelError]:
         """Create the given routes, behind those of others."""
@@ -134,54 +136,24 @@ class NeighbourTable:
         return each(keys, [_delete_neighbour(key) for key in keys])
 
 
-@dataclass(frozen=True, slots=True)
-class OwnRoute:
-    """One of podlane's routes. The index of its way is 0 if it leads nowhere, the MTU if it is the device's."""
+def own_routes(protocol: int, kind: int, decode: Callable[[bytes, int, Mapping[int, bytes]], T | None]) -> Iterator[T]:
+    """Yield what `decode` makes of podlane's routes of a protocol and a type (RTN_…). Raises KernelError.
 
-    network: Network
-    way: PeerRoute
-
-    def leads_to_peer(self, tunnel: int) -> bool:
-        """Say whether it is for another node's pods: those of the node's own have neither a next hop nor the tunnel.
-
-        `tunnel` is the index of the tunnel's device.
-        """
-        return self.way.gateway is not None or self.way.ifindex == tunnel > 0
-
-
-def decoded(answer: Message) -> OwnRoute:
-    """Return the route that an RTM_NEWROUTE tells of."""
-    family, length, *_ = ROUTE.unpack_from(answer.body)
-    route = attributes(answer.body, ROUTE.size)
-    packed = route.get(RTA_DST, bytes(HOST_BITS[family] // 8))  # without one, it is a default route
-    metrics = attributes(route.get(RTA_METRICS, b""), 0)
-    way = PeerRoute(
-        u32(route[RTA_OIF]) if RTA_OIF in route else 0,
-        _gateway(route),
-        _address(route[RTA_PREFSRC]) if RTA_PREFSRC in route else None,
-        u32(metrics[RTAX_MTU]) if RTAX_MTU in metrics else 0,
-    )
-    return OwnRoute(ipaddress.ip_network((packed, length)), way)
-
-
-def own_routes(
-    kind: int, decode: Callable[[Message], OwnRoute] = decoded, *, hosts: bool = False
-) -> Iterator[OwnRoute]:
-    """Yield podlane's routes of a type (RTN_…), or with `hosts` those to a single address. Raises KernelError."""
+    It is given the address and the length of the destination, and all attributes; None leaves the route out.
+    """
     for family in FAMILY.values():
-        # ip route show table main proto 112 type KIND; the kernel filters
-        fields = {"family": family, "table": RT_TABLE_MAIN, "proto": PROTOCOL, "type": kind}
-        for answer in dump(request("list routes", rtmsg, RTM_GETROUTE, fields=fields)):
-            got, length, _, protocol, _, is_kind, _ = ROUTE.unpack_from(answer.body)
-            if (answer.type, got, protocol, is_kind) != (RTM_NEWROUTE, family, PROTOCOL, kind):
-                continue
-            if not hosts or length == HOST_BITS[family]:
-                yield decode(answer)
+        anywhere = bytes(HOST_BITS[family] // 8)  # a default route has no address
 
+        def read(answer: Message, family: int = family, anywhere: bytes = anywhere) -> T | None:
+            got, length, _, its, _, is_kind, _ = ROUTE.unpack_from(answer.body)
+            if (answer.type, got, its, is_kind) != (RTM_NEWROUTE, family, protocol, kind):
+                return None
+            route = attributes(answer.body, ROUTE.size)
+            return decode(route.get(RTA_DST, anywhere), length, route)
 
-def _gateway(route: dict[int, bytes]) -> Address | None:
-    packed = route.get(RTA_GATEWAY) or route.get(RTA_VIA, b"")[2:]  # after the family
-    return _address(packed) if packed else None
+        # ip route show table main proto PROTOCOL type KIND; the kernel filters
+        fields = {"family": family, "table": RT_TABLE_MAIN, "proto": protocol, "type": kind}
+        yield from dump_by(request("list routes", rtmsg, RTM_GETROUTE, fields=fields), read)
 
 
 def _subnet(verb: str, network: Network, type_: int, flags: int) -> Request:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,7 +11,7 @@ from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_NEWADDR
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
 from agent.netlink.channel import attributes, dump, request
-from agent.netlink.devices import TUNNEL, Hop, Link, hops, host_ends, index, is_own, links
+from agent.netlink.devices import TUNNEL, Hop, Link, default_devices, hops, host_ends, index, is_own, links
 from agent.netlink.rtnl import ADDRESS, IFA_ADDRESS, IFA_LOCAL, IFLA_INFO_KIND, IFLA_LINKINFO, RT_SCOPE_UNIVERSE, text
 from agent.state import Address, Network, Sources, Uplink
 
@@ -38,16 +38,16 @@ class Assigned:
     """Of a point-to-point link, the other end's; else the address itself. The prefix is of this one."""
 
 
-def uplinks(patterns: Collection[str] = ()) -> dict[str, Uplink]:
+def uplinks(patterns: Collection[str] = (), ways: Sequence[Hop] | None = None) -> dict[str, Uplink]:
     """Return the devices that lead out, by name. Raises KernelError.
 
     With `patterns` (shell patterns of names): all Ethernet devices of those names. Else an Ethernet device leads out if
-    a default route of the main table uses it, or if it has an address of global scope and is not of an inward kind.
-    podlane's own devices never do.
+    a default route of the main table uses it (`ways` are all routes', if these are known), or if it has an address of
+    global scope and is not of an inward kind. podlane's own devices never do.
     """
     addresses = list(assigned_addresses())
-    ways = list(hops())
-    routed = {each.device for each in ways if each.of_default}
+    ways = hops() if ways is None else ways
+    routed = default_devices(ways)
     addressed = {each.device for each in addresses if each.scope == RT_SCOPE_UNIVERSE}
 
     def leads_out(link: Link) -> bool:
@@ -66,7 +66,7 @@ def node_addresses() -> frozenset[Address]:
     return frozenset(each.address for each in found - on_host_ends(found) if each.device != tunnel)
 
 
-def _uplink(number: int, addresses: list[Assigned], ways: list[Hop]) -> Uplink:
+def _uplink(number: int, addresses: list[Assigned], ways: Sequence[Hop]) -> Uplink:
     own = [each for each in addresses if each.device == number and each.scope == RT_SCOPE_UNIVERSE]
     gateways = frozenset(each.gateway for each in ways if each.device == number and each.gateway is not None)
     return Uplink(number, _sources(own), _networks(own), gateways)

@@ -57,7 +57,7 @@ class Member:
         self._machine.wait_for(lambda: self._routes() == 2 * nodes, f"the routes to {nodes} nodes", 120)
 
     def _routes(self) -> int:
-        shown = (self._machine.netns.run("ip", each, "route", "show", "proto", "112").stdout for each in ("-4", "-6"))
+        shown = (self._machine.netns.run("ip", each, "route", "show", "proto", "111").stdout for each in ("-4", "-6"))
         return sum("via" in line or "podlane.vx" in line for text in shown for line in text.splitlines())
 
     def resident(self) -> float:

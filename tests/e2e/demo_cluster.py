@@ -89,8 +89,8 @@ class _Steps:
             story.note(f"all ready after {time.monotonic() - start:.1f} s")
             for member in self._members:
                 story.note(f"{member.name}  {' '.join(member.addresses):28}  pods in {' and '.join(member.pod_cidrs)}")
-            story.command("n1", "ip route show proto 112    # podlane's own routes to the others")
-            shown = self._members[FIRST].netns.run("ip", "route", "show", "proto", "112").stdout
+            story.command("n1", "ip route show proto 111    # podlane's own routes to the others")
+            shown = self._members[FIRST].netns.run("ip", "route", "show", "proto", "111").stdout
             for place, device in ((SECOND, "uplink"), (FAR, "podlane.vx")):
                 cidr = self._members[place].pod_cidrs[V4]
                 line = story.find(f"a route to {cidr}", f"{cidr} .*", shown)

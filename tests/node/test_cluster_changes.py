@@ -88,7 +88,7 @@ def ways(node: Member) -> list[str]:
     return sorted(
         line.split()[0]
         for family in ("-4", "-6")
-        for line in node.netns.run("ip", family, "route", "show", "proto", "112").stdout.splitlines()
+        for line in node.netns.run("ip", family, "route", "show", "proto", "111").stdout.splitlines()
         if "/" in line.split()[0]
     )
 

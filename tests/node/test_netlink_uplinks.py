@@ -11,6 +11,7 @@ import pytest
 from agent import netlink
 from agent.cluster import Cluster
 from agent.config import Config
+from agent.netlink.rtnl import PEER_PROTOCOL, PROTOCOL
 from agent.state import Sources, Uplink
 from agent.surroundings import Surroundings
 from agent.wiring import HOST_MAC
@@ -83,7 +84,8 @@ def test_gateways_of_an_uplink() -> None:
     run("ip route add 198.51.100.0/24 nexthop via 192.0.2.2 nexthop via 203.0.113.1")
     run("ip route add 198.51.101.0/24 via inet6 2001:db8::3 dev eth0")
     run("ip -6 route add 2001:db8:1::/64 via 2001:db8::4")
-    run("ip route add 10.244.1.0/24 via 192.0.2.5 proto 112")
+    for number, protocol in enumerate((PROTOCOL, PEER_PROTOCOL)):
+        run(f"ip route add 10.244.{number}.0/24 via 192.0.2.5 proto {protocol}")
     found = {name: {str(each) for each in uplink.gateways} for name, uplink in netlink.uplinks().items()}
     assert found == {"eth0": {"192.0.2.1", "192.0.2.2", "2001:db8::3", "2001:db8::4"}, "eth1": {"203.0.113.1"}}
 

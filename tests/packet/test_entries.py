@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from agent.datapath.entries import AddressTable, PrefixTable, SettingsTable, TunnelTable, UplinkTable
 from agent.datapath.loader import Datapath, load
 from agent.datapath.object import Object
-from agent.state import Lanes, Network, OtherProtocols, Settings, Sources, Table, TunnelEnd
+from agent.state import Lanes, Network, OtherProtocols, Prefix, Settings, Sources, Table, TunnelEnd
+from tests.support import prefix
 
 SIZES = {"uplinks": 16, "tunnels": 16, "node_addresses": 16, "prefixes": 64}
 
@@ -98,7 +99,7 @@ def test_unknown_choice(datapath: Datapath) -> None:
 def test_lanes(prefixes: PrefixTable, lanes: Lanes) -> None:
     """Each combination of lanes, of prefixes of all lengths."""
     texts = ("0.0.0.0/0", "10.0.0.0/8", "192.0.2.1/32", "::/0", "::/1", "fd00::/8", "2001:db8::1/128", "::/96")
-    assert_holds(prefixes, dict.fromkeys(map(ip_network, texts), lanes))
+    assert_holds(prefixes, dict.fromkeys(map(prefix, texts), lanes))
 
 
 networks = st.one_of(
@@ -117,7 +118,9 @@ networks = st.one_of(
 @given(st.dictionaries(networks, st.builds(Lanes, native=st.booleans(), stack=st.booleans()), max_size=10))
 def test_any_prefixes(prefixes: PrefixTable, entries: dict[Network, Lanes]) -> None:
     """Whatever prefixes there are, they are read as they were written."""
-    assert_holds(prefixes, entries)
+    packed = {Prefix.of(network): lanes for network, lanes in entries.items()}
+    assert_holds(prefixes, packed)
+    assert [each.network for each in packed] == list(entries)
 
 
 def test_full(datapath: Datapath) -> None:

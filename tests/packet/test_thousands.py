@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ipaddress import ip_network
 
 import pytest
 from scapy.all import UDP, raw
@@ -11,7 +10,8 @@ from scapy.all import UDP, raw
 from agent.datapath.entries import PrefixTable
 from agent.datapath.object import Object
 from agent.datapath.testrun import SkBuff, run
-from agent.state import Lanes, Network
+from agent.state import Lanes, Prefix
+from tests.support import prefix
 
 from .harness import A
 from .tunnel import PEERS, Tunnel, pod_of, tunnel_at
@@ -32,7 +32,7 @@ def tunnel(datapath_object: Object, tmp_path_factory: pytest.TempPathFactory) ->
         yield made
 
 
-def others() -> list[Network]:
+def others() -> list[Prefix]:
     """Return what as many nodes have: a pod CIDR of each family, and an address."""
     each = (
         (
@@ -42,7 +42,7 @@ def others() -> list[Network]:
         )
         for number in range(NODES)
     )
-    return [ip_network(prefix) for prefixes in each for prefix in prefixes]
+    return [prefix(text) for texts in each for text in texts]
 
 
 def cost(tunnel: Tunnel, family: int) -> int:

@@ -14,7 +14,7 @@ from agent.datapath.cache import compiled
 from agent.datapath.entries import PrefixTable, TunnelTable
 from agent.datapath.loader import Datapath, load
 from agent.datapath.testrun import SkBuff
-from agent.state import Address, Lanes, Network, TunnelEnd
+from agent.state import Address, Lanes, Network, Prefix, TunnelEnd
 from agent.wiring import HOST_MAC
 
 from .harness import Ran
@@ -77,8 +77,8 @@ class Tunnel:
         table = PrefixTable(self.node.datapath.maps["prefixes"], native=NATIVE, stack=STACK, node=NODE_OWN)
         for number, peer in enumerate(PEERS[underlay], start=2):
             lanes = Lanes(native=True, peer=peer, tunnel=self.node.uplink, mtu=mtu)
-            own = ip_network(peer)
-            pods = dict.fromkeys(pod_cidrs(number), lanes)
+            own = Prefix.of_address(peer)
+            pods = dict.fromkeys(map(Prefix.of, pod_cidrs(number)), lanes)
             assert table.upsert({**pods, own: replace(lanes, node=True)}) == {}
         end = TunnelEnd(VNI, MTU, HOST_MAC)
         assert TunnelTable(self.node.datapath.maps["tunnels"]).upsert({self.node.uplink: end}) == {}

@@ -32,6 +32,7 @@ from agent.state import (
     Network,
     PeerRoute,
     PodPort,
+    Prefix,
     Queue,
     Settings,
     Sources,
@@ -43,6 +44,7 @@ from agent.state import (
 from agent.store import Netns, Phase, Pod, Published, Store, Subnet
 from cni.call import Attachment
 from cni.netconf import Bandwidth
+from tests.support import prefix
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -64,7 +66,7 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "queues": (99, Queue(1, 2)),
     "endpoints": (ip_address("192.0.2.1"), Endpoint(99, "02:00:00:00:00:99")),
     "settings": (1, Settings(1, 2, 3, 4, 5, 6, 7, 8, "drop", True)),
-    "prefixes": (ip_network("192.0.2.0/24"), Lanes(native=True, stack=True)),
+    "prefixes": (prefix("192.0.2.0/24"), Lanes(native=True, stack=True)),
     "node_addresses": (ip_address("192.0.2.1"), 0),
     "host_ports": (HostPort(ip_address("192.0.2.1"), 99, 6), PodPort(ip_address("192.0.2.1"), 99)),
     "hooks": (Hook("pl-gone", "ingress"), Attached(99, "from_pod")),
@@ -74,7 +76,7 @@ FOREIGN: dict[str, tuple[Any, Any]] = {
     "neighbours": (Neighbour(ip_address("192.0.2.1"), 99), "02:00:00:00:00:99"),
     "gateways": (Gateway(ip_address("192.0.2.1"), 99), 0),
     "routes": (ip_address("192.0.2.1"), HostRoute(99)),
-    "peer_routes": (ip_network("192.0.2.0/24"), PeerRoute(99)),
+    "peer_routes": (prefix("192.0.2.0/24"), PeerRoute(99)),
     "subnets": (ip_network("192.0.2.0/24"), "blackhole"),
 }
 """One object of each table that belongs to no pod."""
@@ -94,7 +96,7 @@ OUTSIDE = Outside(
     sockets={"connect4": 7, "connect6": 7},
     uplinks={f"eth{number}": Uplink(number + 2, Sources(IPv4Address(f"198.51.100.{number}"))) for number in (0, 1)},
     node_addresses=frozenset(ip_address(f"198.51.100.{number}") for number in (0, 1)),
-    prefixes={ip_network("198.18.0.0/15"): Lanes(stack=True), ip_network("fd00::/8"): Lanes(native=True)},
+    prefixes={prefix("198.18.0.0/15"): Lanes(stack=True), prefix("fd00::/8"): Lanes(native=True)},
     settings=Settings(49152, 65535, 240, 7440, 60, 300, 60, 600, "masquerade", False),
     tunnel=Tunnel(
         "podlane.vx",
@@ -103,8 +105,8 @@ OUTSIDE = Outside(
         ifindex=4,
     ),
     peer_routes={
-        ip_network("10.0.1.0/24"): PeerRoute(2, gateway=IPv4Address("198.51.100.9")),
-        ip_network("10.0.2.0/24"): PeerRoute(3, gateway=IPv4Address("198.51.100.10")),
+        prefix("10.0.1.0/24"): PeerRoute(2, gateway=IPv4Address("198.51.100.9")),
+        prefix("10.0.2.0/24"): PeerRoute(3, gateway=IPv4Address("198.51.100.10")),
     },
 )
 """What a node sees around it."""
@@ -226,7 +228,7 @@ class World:
             queues=MemoryTable[int, Queue]("queues", self.journal),
             endpoints=MemoryTable[Address, Endpoint]("endpoints", self.journal),
             settings=MemoryTable[int, Settings]("settings", self.journal),
-            prefixes=MemoryTable[Network, Lanes]("prefixes", self.journal),
+            prefixes=MemoryTable[Prefix, Lanes]("prefixes", self.journal),
             node_addresses=MemoryTable[Address, int]("node_addresses", self.journal),
             host_ports=MemoryTable[HostPort, PodPort]("host_ports", self.journal),
             hooks=MemoryTable[Hook, Attached]("hooks", self.journal),
@@ -236,12 +238,13 @@ class World:
             neighbours=MemoryTable[Neighbour, str]("neighbours", self.journal),
             gateways=MemoryTable[Gateway, int]("gateways", self.journal),
             routes=MemoryTable[Address, HostRoute]("routes", self.journal),
-            peer_routes=MemoryTable[Network, PeerRoute]("peer_routes", self.journal),
+            peer_routes=MemoryTable[Prefix, PeerRoute]("peer_routes", self.journal),
             subnets=MemoryTable[Network, Literal["unreachable"]]("subnets", self.journal),
         )
         self.devices = MemoryDevices(self.journal)
         self.repairs: Counter[str] = Counter()
         self.to_settle = 0
+        self.looks = 0  # at the kernel, for what is outside
         self._last_port = 0
         self.outside = OUTSIDE
         self.loop = Loop(
@@ -250,7 +253,7 @@ class World:
             devices=self.devices,
             repaired=lambda kind, count: self.repairs.update({kind: count}),
             settle=self.settle,
-            outside=lambda _look: self.outside,
+            outside=self._tell_outside,
             resync_seconds=resync_seconds,
         )
 
@@ -264,6 +267,10 @@ class World:
         finally:
             self.loop.stop()
             self.store.close()
+
+    def _tell_outside(self, look: bool) -> Outside:
+        self.looks += look
+        return self.outside
 
     def settle(self) -> bool:
         """Do one of the things that can wait; say whether there are more."""

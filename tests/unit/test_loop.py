@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.plan import Outside
-from agent.state import Hook, Lanes, Network, TunnelDevice
+from agent.state import Hook, Lanes, Prefix, TunnelDevice
 from agent.store import AddressTaken, Netns, Phase
 from cni.call import Attachment
+from tests.support import prefix
 from tests.unit.memory import FOREIGN, NAMES, SECONDS, SUBNETS, World
 
 ONE = ("settings", "tunnel_devices", "tunnels")
@@ -144,6 +145,23 @@ def test_burst_of_events_is_one_full_pass(slow: World) -> None:
         slow.wait_until(lambda: bool(slow.journal))
         slow.sync()
         assert slow.journal == [("read", name) for name in NAMES]
+
+
+def test_a_look_is_at_the_pods(slow: World) -> None:
+    """Who asks for a look has what is the pods' read and put right, and does not wait for what is of other nodes."""
+    pod = slow.add("a")
+    with slow.running():
+        slow.journal.clear()
+        looks, routes = slow.looks, dict(slow.table("peer_routes").objects)
+        for name in ("endpoints", "hooks", "peer_routes"):
+            slow.table(name).objects.clear()
+        slow.loop.sync(SECONDS, look=True)
+        slow.loop.check(pod)
+        assert {name for what, name in slow.journal if what == "read"} == set(NAMES) - {"prefixes", "peer_routes"}
+        assert slow.looks == looks
+        assert slow.repairs.keys() == {"endpoints", "hooks"}
+        slow.loop.kernel_changed()
+        slow.wait_until(lambda: slow.table("peer_routes").objects == routes)
 
 
 def test_many_entries_are_read_seldom(slow: World) -> None:
@@ -293,7 +311,7 @@ def test_gateway_that_a_pod_gets(slow: World) -> None:
 def test_what_is_in_force_is_not_compared_again(slow: World) -> None:
     """Of other nodes there may be thousands: a pass that somebody waits for does not go through them."""
 
-    class Watched(dict[Network, Lanes]):
+    class Watched(dict[Prefix, Lanes]):
         compared = 0
 
         def __eq__(self, other: object) -> bool:
@@ -308,7 +326,7 @@ def test_what_is_in_force_is_not_compared_again(slow: World) -> None:
         slow.sync()
         slow.loop.check(pod)
         assert Watched.compared == 0
-        slow.outside = replace(slow.outside, prefixes=Watched({ip_network("10.0.0.0/8"): Lanes(native=True)}))
+        slow.outside = replace(slow.outside, prefixes=Watched({prefix("10.0.0.0/8"): Lanes(native=True)}))
         slow.sync()
         assert Watched.compared > 0
         assert dict(slow.table("prefixes").objects) == dict(slow.outside.prefixes)

@@ -64,7 +64,7 @@ class MemoryKernel:
     def forget(self, pod: Pod) -> None:
         """Remember nothing."""
 
-    def sync(self, timeout: float, *, full: bool = False) -> None:
+    def sync(self, timeout: float, *, look: bool = False) -> None:
         """Everything is in force at once."""
 
     def refuse_own(self, addresses: Sequence[Address]) -> None:

@@ -7,16 +7,20 @@ from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.cluster import Cluster, ClusterNode
 from agent.peers import Peers, Place, Way, Ways
-from agent.state import Address, Lanes, Network, PeerRoute, Routing, Sources, Uplink
+from agent.state import Address, Lanes, Network, PeerRoute, Prefix, Routing, Sources, Uplink
+from tests.support import prefix
 
 UPLINK, TUNNEL = 2, 9
 NEAR, NEAR6 = ip_address("192.0.2.7"), ip_address("2001:db8::7")
 FAR, FAR6 = ip_address("203.0.113.7"), ip_address("2001:db8:3::7")
 OWN = (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
-CIDRS = V4, V6 = ip_network("10.244.7.0/24"), ip_network("fd00:7::/64")
+CIDRS = ip_network("10.244.7.0/24"), ip_network("fd00:7::/64")
+PREFIXES = V4, V6 = Prefix.of(CIDRS[0]), Prefix.of(CIDRS[1])
 LINKS = frozenset({ip_network("192.0.2.0/24"), ip_network("2001:db8::/64")})
 
 
@@ -49,8 +53,8 @@ def test_on_link(routing: Routing) -> None:
     assert found.routes == {V4: PeerRoute(UPLINK, NEAR), V6: PeerRoute(UPLINK, NEAR6)}
     pods = Lanes(native=True, peer=NEAR)
     assert found.prefixes == {
-        **dict.fromkeys(CIDRS, pods),
-        **dict.fromkeys(map(ip_network, (NEAR, NEAR6)), replace(pods, node=True)),
+        **dict.fromkeys(PREFIXES, pods),
+        **dict.fromkeys(map(prefix, (NEAR, NEAR6)), replace(pods, node=True)),
     }
 
 
@@ -61,8 +65,8 @@ def test_behind_a_router() -> None:
     assert found.routes == {V4: PeerRoute(TUNNEL, source=OWN[0]), V6: PeerRoute(TUNNEL, source=OWN[1])}
     pods = Lanes(native=True, peer=FAR, tunnel=TUNNEL)
     assert found.prefixes == {
-        **dict.fromkeys(CIDRS, pods),
-        **dict.fromkeys(map(ip_network, (FAR, FAR6)), replace(pods, node=True)),
+        **dict.fromkeys(PREFIXES, pods),
+        **dict.fromkeys(map(prefix, (FAR, FAR6)), replace(pods, node=True)),
     }
 
 
@@ -106,7 +110,7 @@ def test_two_claim_an_address() -> None:
     """An address is the node's that is called at it, older or younger; who adds it to others moves nothing."""
     right, wrong = node(FAR, cidrs=()), node(ip_address("203.0.113.9"), FAR, name="liar", cidrs=())
     for nodes in ((right, wrong), (wrong, right)):
-        assert find(place(), *nodes).prefixes[ip_network(FAR)].peer == FAR
+        assert find(place(), *nodes).prefixes[prefix(FAR)].peer == FAR
 
 
 def test_called_by_the_family_that_the_tunnel_leaves_room_for() -> None:
@@ -122,7 +126,7 @@ def test_room_for_what_goes_to_a_node_itself() -> None:
 
     def room(where: Place, *addresses: Address) -> dict[Address, int]:
         prefixes = Ways().find(where, Cluster(None, (node(*addresses),), {}, True), narrow).prefixes
-        return {address: prefixes[ip_network(address)].mtu for address in addresses}
+        return {address: prefixes[prefix(address)].mtu for address in addresses}
 
     assert room(place(), FAR, second, FAR6) == {FAR: 1350, second: 1310, FAR6: 1350}
     by_ipv6 = replace(place(own=OWN[::-1]), tunnel_mtu=1430)
@@ -137,9 +141,9 @@ def test_next_hops_are_no_pods() -> None:
     where = replace(place(), uplinks=uplinks)
     bad, good = ip_network("192.0.2.128/25"), ip_network("192.0.2.64/26")
     for address in (NEAR, FAR):
-        found = find(where, node(address, cidrs=[bad, good, V6]))
-        assert found.routes.keys() == {good, V6}
-        assert found.prefixes.keys() == {good, V6, ip_network(address)}
+        found = find(where, node(address, cidrs=[bad, good]))
+        assert found.routes.keys() == {Prefix.of(good)}
+        assert found.prefixes.keys() == {Prefix.of(good), prefix(address)}
         why = "pod CIDR 192.0.2.128/25 holds 192.0.2.254, the next hop of a route of this node's"
         assert found.refused == {"other": why}
     assert find(where, node(NEAR)).refused == {}
@@ -163,7 +167,7 @@ def test_path_mtu() -> None:
     assert narrow.prefixes[V4].mtu == 1350
     assert ways.find(place(), cluster, {FAR: 1000}).routes[V4].mtu == 1280
     assert ways.find(place(), cluster, {FAR: 9000}).routes[V4].mtu == 0
-    assert ways.find(place(), cluster, {NEAR: 1400}).prefixes[ip_network(NEAR)].mtu == 0
+    assert ways.find(place(), cluster, {NEAR: 1400}).prefixes[prefix(NEAR)].mtu == 0
 
 
 def test_prefixes_that_cover_each_other() -> None:
@@ -171,9 +175,9 @@ def test_prefixes_that_cover_each_other() -> None:
     services, within = ip_network("10.244.0.0/16"), ip_network("10.244.7.128/25")
     where = replace(place(), prefixes={services: Lanes(stack=True), within: Lanes(native=True, stack=True)})
     found = find(where, node(FAR)).prefixes
-    assert found[services] == Lanes(stack=True)
+    assert found[Prefix.of(services)] == Lanes(stack=True)
     assert found[V4] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
-    assert found[within] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
+    assert found[Prefix.of(within)] == Lanes(native=True, stack=True, peer=FAR, tunnel=TUNNEL)
 
 
 def test_only_what_changes_is_found_anew() -> None:
@@ -197,12 +201,33 @@ def test_tunnel_is_needed() -> None:
     assert find(place(), node(NEAR)).needs_tunnel
     for where, nodes in (
         (place(), [node(NEAR, NEAR6)]),
-        (place(), [node(NEAR, cidrs=[V4])]),
+        (place(), [node(NEAR, cidrs=CIDRS[:1])]),
         (place("direct"), [node(FAR)]),
         (place(own=OWN[:1]), [node(FAR6)]),
         (place("vxlan"), []),
     ):
         assert not find(where, *nodes).needs_tunnel
+
+
+settled = st.lists(
+    st.builds(
+        node,
+        st.sampled_from([NEAR, FAR, FAR6]),
+        cidrs=st.lists(st.sampled_from([*CIDRS, ip_network("10.244.8.0/24")]), max_size=2, unique=True),
+        name=st.sampled_from("abc"),
+    ),
+    max_size=3,
+    unique_by=lambda each: each.name,
+)
+
+
+@given(st.lists(settled, max_size=6), st.sampled_from([{}, {FAR: 1400}]))
+def test_ways_are_those_of_the_last_cluster(clusters: list[list[ClusterNode]], paths: dict[Address, int]) -> None:
+    """Whatever nodes were there before, with whatever addresses and pod CIDRs, nothing of it is left."""
+    ways = Ways()
+    for nodes in clusters:
+        cluster = Cluster(None, tuple(nodes), {}, True)
+        assert ways.find(place(), cluster, paths) == Ways().find(place(), cluster, paths)
 
 
 def test_counted() -> None:

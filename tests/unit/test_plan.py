@@ -18,8 +18,8 @@ from agent.state import (
     HostRoute,
     Lanes,
     Neighbour,
-    Network,
     PeerRoute,
+    Prefix,
     Settings,
     Sources,
     State,
@@ -29,6 +29,7 @@ from agent.state import (
 )
 from agent.store import Netns, Phase, Pod, Subnet
 from cni.call import Attachment
+from tests.support import prefix
 
 MAC = "02:00:5e:10:00:01"
 LINK_LOCAL = ip_address("fe80::5eff:fe10:1")
@@ -160,7 +161,7 @@ def test_outside() -> None:
     """An uplink has two programs and its addresses; addresses, prefixes, settings, sockets are as given."""
     settings = Settings(1, 2, 3, 4, 5, 6, 7, 8, "stack", False)
     sources = Sources(IPv4Address("192.0.2.1"), None)
-    prefixes: dict[Network, Lanes] = {ip_network("10.0.0.0/8"): Lanes(native=True)}
+    prefixes: dict[Prefix, Lanes] = {prefix("10.0.0.0/8"): Lanes(native=True)}
     outside = Outside(
         uplinks={"eth0": Uplink(2, sources)},
         node_addresses=frozenset([V4, V6]),
@@ -188,7 +189,7 @@ def test_tunnel_before_its_device() -> None:
 
 def test_tunnel() -> None:
     """A tunnel has two programs and what they must know; routes to other nodes are as they are given, not copied."""
-    routes: dict[Network, PeerRoute] = {ip_network("10.1.0.0/24"): PeerRoute(9)}
+    routes: dict[Prefix, PeerRoute] = {prefix("10.1.0.0/24"): PeerRoute(9)}
     desired = plan([], {}, outside=Outside(tunnel=replace(TUNNEL, ifindex=9), peer_routes=routes))
     assert desired == State(
         tunnel_devices={TUNNEL.name: TUNNEL.device},
