@@ -83,13 +83,15 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
 /* What a pod sends: ingress of the host end of its veth pair. */
 int from_pod(struct __sk_buff *skb)
 {
-    struct packet packet = {};
+    struct packet *packet = new_packet();
 
-    switch (parse(skb, &packet)) {
+    if (!packet)
+        return TC_ACT_SHOT;
+    switch (parse(skb, packet)) {
     case KIND_IP:
-        return route_from_pod(skb, &packet);
+        return route_from_pod(skb, packet);
     case KIND_ARP:
-        if (is_spoofed_arp(skb, &packet))
+        if (is_spoofed_arp(skb, packet))
             return drop(skb, OUTCOME(drop_spoofed_arp));
         return punt(skb, OUTCOME(punt_arp));
     case KIND_VLAN:
@@ -105,24 +107,26 @@ int from_pod(struct __sk_buff *skb)
 /* What the host stack sends to a pod, and all that a limited pod receives: egress of the host end of its veth pair. */
 int to_pod(struct __sk_buff *skb)
 {
-    struct packet packet = {};
-    struct transport transport = {};
+    struct packet *packet = new_packet();
+    struct transport *transport = new_transport();
 
+    if (!packet || !transport)
+        return TC_ACT_SHOT;
     if (skb->mark == FAST_MARK) {
         skb->mark = 0;
         return punt(skb, OUTCOME(fwd_queued));
     }
     if (skb->mark == CALL_MARK || skb->mark == ANSWER_MARK)
         return punt(skb, complete_locally(skb) ? OUTCOME(port_shaped) : OUTCOME(fwd_from_stack));
-    if (parse(skb, &packet) != KIND_IP)
+    if (parse(skb, packet) != KIND_IP)
         return punt(skb, OUTCOME(fwd_from_stack));
-    struct endpoint *pod = endpoints.lookup(&packet.destination);
-    bool is_nodes = node_addresses.lookup(&packet.source);
-    if (pod && (pod->serves || !is_nodes) && identify(skb, &packet, &transport)) {
+    struct endpoint *pod = endpoints.lookup(&packet->destination);
+    bool is_nodes = node_addresses.lookup(&packet->source);
+    if (pod && (pod->serves || !is_nodes) && identify(skb, packet, transport)) {
         if (is_nodes)
-            forget_own_call(&transport);
+            forget_own_call(transport);
         else
-            keep_in_stack(&transport, pod);
+            keep_in_stack(transport, pod);
     }
     return punt(skb, OUTCOME(fwd_from_stack));
 }
@@ -155,37 +159,39 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct t
 /* What leaves the node: egress of an uplink. The only place where masquerading happens. */
 int to_uplink(struct __sk_buff *skb)
 {
-    struct packet packet = {};
-    struct transport transport = {};
+    struct packet *packet = new_packet();
+    struct transport *transport = new_transport();
     bool fast = skb->mark == FAST_MARK;
 
+    if (!packet || !transport)
+        return TC_ACT_SHOT;
     if (skb->cb[0] == SEEN)
         return punt(skb, OUTCOME(fwd_host_out));
     skb->cb[0] = SEEN;
     if (fast)
         skb->mark = 0;
-    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
+    if (parse(skb, packet) != KIND_IP || has_mapped_address(packet))
         return punt(skb, OUTCOME(fwd_host_out));
-    bool known = identify(skb, &packet, &transport);
-    struct endpoint *pod = endpoints.lookup(&packet.source);
+    bool known = identify(skb, packet, transport);
+    struct endpoint *pod = endpoints.lookup(&packet->source);
     if (pod) {
-        packet.native = pod->native;
+        packet->native = pod->native;
         if (known)
-            remember_ports(&transport);
+            remember_ports(transport);
         if (known && !fast)
-            keep_in_stack(&transport, pod);
-        return leave_from_pod(skb, &packet, &transport, known, fast);
+            keep_in_stack(transport, pod);
+        return leave_from_pod(skb, packet, transport, known, fast);
     }
-    bool is_nodes = node_addresses.lookup(&packet.source);
-    if (is_nodes && is_passed_on(skb, &packet, &transport, known))
+    bool is_nodes = node_addresses.lookup(&packet->source);
+    if (is_nodes && is_passed_on(skb, packet, transport, known))
         return drop(skb, OUTCOME(drop_forged_peer));
     if (known && is_nodes) {
-        if (transport.quoted && masquerade_error(skb, &packet, &transport))
-            return masqueraded_out(skb, &transport);
-        struct note *note = transport.quoted ? find_note(&transport.tuple) : 0;
-        if (note && answer_as_noted(skb, &packet, &transport, note))
+        if (transport->quoted && masquerade_error(skb, packet, transport))
+            return masqueraded_out(skb, transport);
+        struct note *note = transport->quoted ? find_note(&transport->tuple) : 0;
+        if (note && answer_as_noted(skb, packet, transport, note))
             return punt(skb, OUTCOME(port_out));
-        reclaim_port(&transport);
+        reclaim_port(transport);
     }
     return punt(skb, OUTCOME(fwd_host_out));
 }
@@ -202,28 +208,30 @@ static bool needs_stack(const struct packet *packet, const struct transport *tra
 /* What comes from outside: ingress of an uplink. */
 int from_uplink(struct __sk_buff *skb)
 {
-    struct packet packet = {};
-    struct transport transport = {};
+    struct packet *packet = new_packet();
+    struct transport *transport = new_transport();
     __u64 outcome = OUTCOME(fwd_inbound);
 
-    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet) || skb->pkt_type != PACKET_HOST)
+    if (!packet || !transport)
+        return TC_ACT_SHOT;
+    if (parse(skb, packet) != KIND_IP || has_mapped_address(packet) || skb->pkt_type != PACKET_HOST)
         return punt(skb, OUTCOME(fwd_host_in));
-    bool known = identify(skb, &packet, &transport);
-    if (known && unmasquerade(skb, &packet, &transport))
+    bool known = identify(skb, packet, transport);
+    if (known && unmasquerade(skb, packet, transport))
         outcome = OUTCOME(masq_in);
-    else if (known && to_host_port(skb, &packet, &transport))
+    else if (known && to_host_port(skb, packet, transport))
         outcome = OUTCOME(port_in);
 
-    struct endpoint *pod = endpoints.lookup(&packet.destination);
-    if (!pod || is_link_local(&packet.destination))
-        return punt(skb, transport.part == PART_LATER ? OUTCOME(punt_fragment) : OUTCOME(fwd_host_in));
-    if (needs_stack(&packet, &transport, known, pod))
+    struct endpoint *pod = endpoints.lookup(&packet->destination);
+    if (!pod || is_link_local(&packet->destination))
+        return punt(skb, transport->part == PART_LATER ? OUTCOME(punt_fragment) : OUTCOME(fwd_host_in));
+    if (needs_stack(packet, transport, known, pod))
         return punt(skb, outcome);
     if (known && outcome == OUTCOME(fwd_inbound))
-        note_direct(&transport);
+        note_direct(transport);
     if (pod->shaper) /* see leave_to_stack */
         return punt(skb, outcome);
-    return deliver_from_outside(skb, &packet, pod, outcome);
+    return deliver_from_outside(skb, packet, pod, outcome);
 }
 
 /* What a pod sends into the tunnel, in a flow that came by a host port: 0 if it is no such packet. */
@@ -240,35 +248,37 @@ static __u64 answer_by_tunnel(struct __sk_buff *skb, struct packet *packet, stru
 /* What goes to nodes that are not on-link: egress of the tunnel. The only place where the node is chosen. */
 int to_tunnel(struct __sk_buff *skb)
 {
-    struct packet packet = {};
-    struct transport transport = {};
+    struct packet *packet = new_packet();
+    struct transport *transport = new_transport();
     bool fast = skb->mark == FAST_MARK;
     __u32 ifindex = skb->ifindex;
     __u64 answered = 0;
 
+    if (!packet || !transport)
+        return TC_ACT_SHOT;
     if (skb->cb[0] == SEEN)
         return punt(skb, OUTCOME(fwd_to_peer));
     skb->cb[0] = SEEN;
     if (fast)
         skb->mark = 0;
-    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet))
+    if (parse(skb, packet) != KIND_IP || has_mapped_address(packet))
         return drop(skb, OUTCOME(drop_no_peer));
-    if (is_multicast(&packet)) /* news of the kernel's own on every new device; nobody is there to hear it */
+    if (is_multicast(packet)) /* news of the kernel's own on every new device; nobody is there to hear it */
         return punt(skb, OUTCOME(punt_multicast));
     struct tunnel *tunnel = tunnels.lookup(&ifindex);
-    struct lanes *lanes = find_lanes(&packet.destination);
+    struct lanes *lanes = find_lanes(&packet->destination);
     if (!tunnel || !lanes || is_nobody(&lanes->peer))
         return drop(skb, OUTCOME(drop_no_peer));
-    struct endpoint *pod = endpoints.lookup(&packet.source);
-    if (pod && (!fast || pod->serves) && identify(skb, &packet, &transport)) {
+    struct endpoint *pod = endpoints.lookup(&packet->source);
+    if (pod && (!fast || pod->serves) && identify(skb, packet, transport)) {
         if (!fast)
-            keep_in_stack(&transport, pod);
+            keep_in_stack(transport, pod);
         if (pod->serves)
-            answered = answer_by_tunnel(skb, &packet, &transport);
+            answered = answer_by_tunnel(skb, packet, transport);
     }
     if (answered == OUTCOME(drop_masq_unsupported))
         return drop(skb, answered);
-    if (wrap(skb, tunnel, called_at(&packet, tunnel, lanes)))
+    if (wrap(skb, tunnel, called_at(packet, tunnel, lanes)))
         return drop(skb, OUTCOME(drop_no_peer));
     return punt(skb, answered ?: OUTCOME(fwd_to_peer));
 }
@@ -276,27 +286,29 @@ int to_tunnel(struct __sk_buff *skb)
 /* What comes from nodes that are not on-link: ingress of the tunnel. Nothing here is believed but by who sent it. */
 int from_tunnel(struct __sk_buff *skb)
 {
-    struct packet packet = {};
-    struct transport transport = {};
+    struct packet *packet = new_packet();
+    struct transport *transport = new_transport();
     __u64 outcome = OUTCOME(fwd_from_peer);
 
-    if (parse(skb, &packet) != KIND_IP || has_mapped_address(&packet) || is_forged(skb, &packet))
+    if (!packet || !transport)
+        return TC_ACT_SHOT;
+    if (parse(skb, packet) != KIND_IP || has_mapped_address(packet) || is_forged(skb, packet))
         return drop(skb, OUTCOME(drop_forged_peer));
     if (skb->pkt_type != PACKET_HOST)
         return punt(skb, OUTCOME(fwd_peer_host));
-    bool known = identify(skb, &packet, &transport);
-    struct endpoint *pod = endpoints.lookup(&packet.destination);
+    bool known = identify(skb, packet, transport);
+    struct endpoint *pod = endpoints.lookup(&packet->destination);
     if (pod && known && pod->serves)
-        forget_host_port(&transport);
-    if (!pod && known && to_host_port(skb, &packet, &transport)) {
+        forget_host_port(transport);
+    if (!pod && known && to_host_port(skb, packet, transport)) {
         outcome = OUTCOME(port_in);
-        pod = endpoints.lookup(&packet.destination);
+        pod = endpoints.lookup(&packet->destination);
     }
-    if (!pod || is_link_local(&packet.destination))
+    if (!pod || is_link_local(&packet->destination))
         return punt(skb, OUTCOME(fwd_peer_host));
-    if (needs_stack(&packet, &transport, known, pod) || pod->shaper)
+    if (needs_stack(packet, transport, known, pod) || pod->shaper)
         return punt(skb, outcome);
-    return deliver_from_outside(skb, &packet, pod, outcome);
+    return deliver_from_outside(skb, packet, pod, outcome);
 }
 
 /* What the node's own processes connect to, and what datagrams of unconnected sockets are for. */

@@ -156,24 +156,24 @@ static void forget_own_call(struct transport *transport)
  */
 static __u32 translate_locally(struct __sk_buff *skb, struct packet *packet, const struct endpoint *receiver)
 {
-    struct transport transport = {};
+    struct transport *transport = new_transport();
     __u32 mark = ANSWER_MARK;
 
-    if (!identify_itself(skb, packet, &transport))
+    if (!transport || !identify_itself(skb, packet, transport))
         return 0;
-    struct tuple meant = transport.tuple;
-    remember_ports(&transport);
-    if (!(packet->serves && answer_locally(packet, &transport, receiver, &meant))) {
+    struct tuple meant = transport->tuple;
+    remember_ports(transport);
+    if (!(packet->serves && answer_locally(packet, transport, receiver, &meant))) {
         mark = CALL_MARK;
         if (receiver && receiver->serves)
-            forget_host_port(&transport);
-        if (receiver || !call_locally(skb, packet, &transport, &meant))
+            forget_host_port(transport);
+        if (receiver || !call_locally(skb, packet, transport, &meant))
             return 0;
     }
     struct endpoint *next = endpoints.lookup(&meant.destination);
     bool is_limited = packet->shaper || (next && next->shaper);
-    if ((!is_limited && rewrite_source(skb, packet, &transport, &meant.source, meant.source_port)) ||
-        rewrite_destination(skb, packet, &transport, &meant.destination, meant.destination_port))
+    if ((!is_limited && rewrite_source(skb, packet, transport, &meant.source, meant.source_port)) ||
+        rewrite_destination(skb, packet, transport, &meant.destination, meant.destination_port))
         return 0;
     packet->destination = meant.destination;
     return mark;
@@ -192,21 +192,21 @@ static bool may_be_served(const struct __sk_buff *skb, const struct packet *pack
 /* The rest of `translate_locally` for what a limited pod has sent: its source, at the receiver's host end. */
 static bool complete_locally(struct __sk_buff *skb)
 {
-    struct packet packet = {};
-    struct transport transport = {};
+    struct packet *packet = new_packet();
+    struct transport *transport = new_transport();
     bool is_answer = skb->mark == ANSWER_MARK;
 
     skb->mark = 0;
-    if (parse(skb, &packet) != KIND_IP || !identify_itself(skb, &packet, &transport))
+    if (!packet || !transport || parse(skb, packet) != KIND_IP || !identify_itself(skb, packet, transport))
         return false;
-    remember_ports(&transport);
-    if (!is_answer && !same_address(&packet.source, &packet.destination))
+    remember_ports(transport);
+    if (!is_answer && !same_address(&packet->source, &packet->destination))
         return true; /* of all calls, only a pod's own to itself comes from elsewhere */
-    struct tuple answer = is_answer ? transport.tuple : reversed(&transport.tuple);
+    struct tuple answer = is_answer ? transport->tuple : reversed(&transport->tuple);
     struct note *note = find_note(&answer);
     if (!note || !note->port)
         return false;
     struct addr address = note->address;
-    __be16 port = is_answer ? note->port : transport.tuple.source_port;
-    return rewrite_source(skb, &packet, &transport, &address, port) == 0;
+    __be16 port = is_answer ? note->port : transport->tuple.source_port;
+    return rewrite_source(skb, packet, transport, &address, port) == 0;
 }

@@ -56,6 +56,24 @@ struct packet {
     struct addr neighbour; /* its target, if it has one */
 };
 
+/*
+ * One entry: what this CPU's program finds out about its packet. With softirqs off, as hooks run, no other packet comes
+ * before it is done. It is in a map rather than on the stack since of values in a map the verifier remembers nothing:
+ * it follows each path once, not once for each combination of what was found out before, a fifteenth of the work.
+ */
+BPF_TABLE("percpu_array", __u32, struct packet, packets, 1);
+
+/* A packet of which nothing is known yet. Never 0, though the verifier wants to be told. */
+static struct packet *new_packet(void)
+{
+    __u32 zero = 0;
+    struct packet *packet = packets.lookup(&zero);
+
+    if (packet)
+        __builtin_memset(packet, 0, sizeof(*packet));
+    return packet;
+}
+
 #define IPV6_PREFIX_MAPPED bpf_htonl(0x0000ffff)
 
 /* ICMPv6 types of neighbour discovery (RFC 4861 section 4); UAPI headers do not have them. */

@@ -30,7 +30,8 @@ static void keep_in_stack(struct transport *transport, struct endpoint *pod)
 /* Does this packet belong to the stack? All fragments of a datagram must take one way, so all of a pod's do. */
 static bool is_stack_flow(struct __sk_buff *skb, const struct packet *packet)
 {
-    struct transport transport = {};
+    struct transport *transport = new_transport();
 
-    return packet->is_fragment || (identify(skb, packet, &transport) && stack_flows.lookup(&transport.tuple));
+    return packet->is_fragment ||
+           (transport && identify(skb, packet, transport) && stack_flows.lookup(&transport->tuple));
 }

@@ -29,6 +29,20 @@ struct transport {
     __u8 tcp_flags;        /* of the TCP header, else 0 */
 };
 
+/* One entry, for the same reason as `packets`. */
+BPF_TABLE("percpu_array", __u32, struct transport, transports, 1);
+
+/* The same as `new_packet`. */
+static struct transport *new_transport(void)
+{
+    __u32 zero = 0;
+    struct transport *transport = transports.lookup(&zero);
+
+    if (transport)
+        __builtin_memset(transport, 0, sizeof(*transport));
+    return transport;
+}
+
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04

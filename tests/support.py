@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 
 from agent.datapath.cache import compiled
+from agent.datapath.object import Object
 from agent.state import Address, Prefix
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,9 +69,17 @@ def veth(name: str, peer: str) -> int:
     return socket.if_nametoindex(name)
 
 
+def datapath_object() -> Object:
+    """Compile the real datapath, once for all tests: those that come at the same time wait for the first."""
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return compiled(ROOT / "bpf", _CACHE, defines={})
+
+
 def warm_cache(cache: Path) -> None:
     """Fill an agent's cache of compiled programs, as on any node whose agent has run before: it saves a second each."""
-    compiled(ROOT / "bpf", _CACHE, defines={})
+    datapath_object()
     cache.mkdir(parents=True)
     for entry in _CACHE.glob("*.object"):
         shutil.copy2(entry, cache)

@@ -135,7 +135,10 @@ def seen_as_themselves(it: Wired, member: Member) -> bool:
     """Say whether pods reach a node as what they are: who does not know that it is one would masquerade them."""
     with ExitStack() as stack:
         servers = [stack.enter_context(server(member.netns, UDP, each, 7)) for each in member.addresses]
-        return all(who(pod.netns, at)[0] in pod.addresses for pod in it.pods for at in servers)
+        try:
+            return all(who(pod.netns, at)[0] in pod.addresses for pod in it.pods for at in servers)
+        except TimeoutError:
+            return False
 
 
 @either

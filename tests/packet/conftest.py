@@ -12,12 +12,10 @@ from agent.datapath.cache import compiled
 from agent.datapath.loader import Datapath, load
 from agent.datapath.object import Object
 
-from ..support import bpffs, private_network
+from ..support import bpffs, datapath_object, private_network
 from .harness import Rig, two_pods
 from .tunnel import Tunnel, tunnel_at
 from .world import Node, loaded_node
-
-SOURCE = Path(__file__).resolve().parents[2] / "bpf"
 
 # A datapath in miniature. The map calls are in headers, where bcc alone would not rewrite them.
 _MAPS_H = """\
@@ -125,10 +123,10 @@ def network() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def datapath_object(tmp_path_factory: pytest.TempPathFactory) -> Object:
-    """Compile the real datapath."""
-    return compiled(SOURCE, tmp_path_factory.mktemp("cache"), defines={})
+@pytest.fixture(scope="session", name="datapath_object")
+def real_datapath_object() -> Object:
+    """Compile the real datapath, unless another test has."""
+    return datapath_object()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from scapy.all import UDP, Packet
 from agent.datapath.tables import outcomes
 from agent.datapath.testrun import SkBuff
 
-from .conftest import SOURCE
+from ..support import ROOT
 from .harness import DROP, A, B, Ran, Rig, verdicts_of
 from .test_host_ports import CLIENT, HOST, OWN, publish
 from .test_host_ports_limited import CALL
@@ -164,7 +164,7 @@ def test_names_say_the_verdict(rig: Rig) -> None:
 
 def names_in_table(heading: str) -> list[str]:
     """Return the first column of the table under a heading of bpf/README.md."""
-    section = (SOURCE / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = (ROOT / "bpf/README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
 
 
