@@ -118,9 +118,10 @@ def _start(
     following = Following(config, config_path, store, readiness)
     outside = partial(_outside, surroundings, following.membership, store)
     hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
+    former = [address for pod in store.pods() for address in pod.addresses]
     loop = Loop(
         store=store,
-        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
+        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup, former),
         devices=wiring,
         repaired=metrics.repaired,
         settle=hooks.settle,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Generic, TypeVar
@@ -55,10 +55,15 @@ class MapTable(ABC, Generic[K, V]):
         return failures(keys, lambda key: self._map.delete(self._raw_key(key)))
 
     def _write(self, key: K, value: V) -> None:
-        raw_key, raw_value = self._map.key.encode(self._raw_key(key)), self._map.value.encode(self._raw_value(value))
+        raw_key = self._map.key.encode(self._raw_key(key))
+        raw_value = self._map.value.encode(self._entry(key, raw_key, value))
         self._map.update_bytes(raw_key, raw_value)
         # So `read` returns these very objects, which compare by identity: twenty times as fast.
         self._keys[raw_key], self._values[raw_value] = key, value
+
+    def _entry(self, _key: K, _raw_key: bytes, value: V) -> Value:
+        """Return what is to stand in the map, with what there is not the agent's."""
+        return self._raw_value(value)
 
     @abstractmethod
     def _key(self, raw: Value) -> K: ...
@@ -74,7 +79,22 @@ class MapTable(ABC, Generic[K, V]):
 
 
 class EndpointTable(MapTable[Address, Endpoint]):
-    """The map `endpoints`: the local pods by address."""
+    """The map `endpoints`: the local pods by address.
+
+    What the programs note in `via_stack` is kept: a pod that lost it would answer past the stack to those who have come
+    through it, by a service's address, and they would reset the connection.
+    """
+
+    def __init__(self, entries: Map, former: Collection[Address] = ()) -> None:
+        """`former` are the addresses that pods had before; who has no entry, as in a new map, may have had the note."""
+        super().__init__(entries)
+        self._former = set(former)
+
+    def _entry(self, key: Address, raw_key: bytes, value: Endpoint) -> Value:
+        found = self._map.get_bytes(raw_key)
+        via_stack = self._map.value.decode(found)["via_stack"] if found else key in self._former
+        self._former.discard(key)
+        return {**self._raw_value(value), "via_stack": int(via_stack)}
 
     def _key(self, raw: Value) -> Address:
         return to_address(raw)
