@@ -123,7 +123,7 @@ def tell_once(connect: Callable[[], Api], node: str, reason: str, message: str) 
     """Write an event that `kubectl describe node` shows. Raises ApiError."""
     with connect() as api:
         api.create(f"/api/v1/namespaces/{_NAMESPACE}/events", _event(node, reason, message))
-    log.info("wrote an event reason=%s", reason)
+    log.warning("wrote an event reason=%s message=%r", reason, message)
 
 
 def _condition() -> dict[str, str]:
