@@ -282,7 +282,8 @@ class Config(_Model):
     """How long a pod's device and network namespace must be gone before its addresses are released without a DEL.
     Default: longer than runtimes take from the end of a namespace to their DEL."""
     metrics: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$"), AfterValidator(_check_port)] = "127.0.0.1:9815"
-    """Address and port of /metrics, /healthz and /readyz. Default: this machine only."""
+    """Address ("[…]" around one of IPv6, "*" for all) and port of /metrics, /healthz and /readyz. Default: this machine
+    only."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Default: one line per change of state."""
     paths: Paths = Paths()
