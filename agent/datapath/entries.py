@@ -90,10 +90,15 @@ class EndpointTable(MapTable[Address, Endpoint]):
         super().__init__(entries)
         self._former = set(former)
 
+    def delete(self, keys: Iterable[Address]) -> dict[Address, KernelError]:
+        """Delete entries: who has the address next, is another pod. Return the failures."""
+        keys = list(keys)
+        self._former.difference_update(keys)
+        return super().delete(keys)
+
     def _entry(self, key: Address, raw_key: bytes, value: Endpoint) -> Value:
         found = self._map.get_bytes(raw_key)
         via_stack = self._map.value.decode(found)["via_stack"] if found else key in self._former
-        self._former.discard(key)
         return {**self._raw_value(value), "via_stack": int(via_stack)}
 
     def _key(self, raw: Value) -> Address:
