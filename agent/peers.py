@@ -153,6 +153,9 @@ class _Covers:
 
 
 def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+    own = set(place.addresses)
+    if not own.isdisjoint(node.addresses):  # as of one whose machine is this node's now: no way leads there
+        node = replace(node, addresses=tuple(each for each in node.addresses if each not in own))
     peer, hops = _called(place, node), _hops(place, node)
     mtu = _narrower(place, peer, paths) if peer else 0
     lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
@@ -161,8 +164,7 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
         route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
         if route is not None:
             routes[cidr] = route
-    own = set(place.addresses)
-    addresses = [ip_network(each) for each in node.addresses if each not in own]
+    addresses = list(map(ip_network, node.addresses))
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
     prefixes: dict[Network, Lanes] = {}
     same: dict[Lanes, Lanes] = {}  # as a rule, both families share theirs
