@@ -57,11 +57,15 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
     Every node comes to the same verdict about overlapping pod CIDRs: the older node keeps its own, by name if both are
     of the same age; the other one is refused that prefix. A node is refused an address, too, that is another one's
     pods', whoever is older: a node says itself which addresses it has, but not which pod CIDRs; and all but the first
-    few. To the own node these make no difference.
+    few, which makes no difference to the own node. Only where several older nodes live in a pod CIDR, that is what is
+    wrong.
     """
     own, peers, refused, claims = None, [], {}, _Claims()
     by_age = sorted(nodes, key=lambda each: (each.created, each.name))
-    claimed = [_claim(claims, node) for node in by_age]
+    claimed = [_claim(claims, node, {}) for node in by_age]
+    if inhabited := _inhabited(claims, by_age):
+        claims = _Claims()
+        claimed = [_claim(claims, node, inhabited) for node in by_age]
     for node, (kept, reasons) in zip(by_age, claimed, strict=True):
         first = node.addresses[:_MOST_ADDRESSES]
         if len(first) < len(node.addresses) and node.name != own_name:
@@ -79,10 +83,15 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
     return Cluster(own, tuple(peers), refused, live)
 
 
-def _claim(claims: _Claims, node: ClusterNode) -> tuple[tuple[Network, ...], list[str]]:
+def _claim(
+    claims: _Claims, node: ClusterNode, inhabited: Mapping[Network, str]
+) -> tuple[tuple[Network, ...], list[str]]:
     """Claim the node's pod CIDRs; return those that it gets, and why it does not get the others."""
     kept, reasons = [], []
     for cidr in node.pod_cidrs:
+        if cidr in inhabited:
+            reasons.append(inhabited[cidr])
+            continue
         holder = claims.claim(cidr, node.name)
         if holder is None:
             kept.append(cidr)
@@ -90,6 +99,26 @@ def _claim(claims: _Claims, node: ClusterNode) -> tuple[tuple[Network, ...], lis
             whose = f" of node {holder[1]}, which is older" if holder[1] else ", which is no node's"
             reasons.append(f"pod CIDR {cidr} overlaps with {holder[0]}{whose}")
     return tuple(kept), reasons
+
+
+def _inhabited(claims: _Claims, by_age: Iterable[ClusterNode]) -> dict[Network, str]:
+    """Return the pod CIDRs in which several nodes have addresses that are older than the one that claims it, and why.
+
+    As where the pods' addresses overlap with those of the nodes' own network: a young node must not end an old cluster.
+    One node alone may be wrong about its addresses, or lie.
+    """
+    found: dict[Network, set[str]] = {}
+    older: set[str] = set()
+    for node in by_age:
+        older.add(node.name)
+        for cidr, name in filter(None, map(claims.holder, node.addresses)):
+            if name and name not in older:
+                found.setdefault(cidr, set()).add(node.name)
+    return {
+        cidr: f"pod CIDR {cidr} has addresses of older nodes in it, {min(names)} among them"
+        for cidr, names in found.items()
+        if len(names) > 1
+    }
 
 
 def _misplaced(claims: _Claims, name: str, addresses: Iterable[Address]) -> dict[Address, str]:

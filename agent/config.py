@@ -53,6 +53,11 @@ def parse_prefix(value: object) -> Network:
     return network
 
 
+def _given(value: object) -> object:
+    """Return what a key with nothing behind it means: that it is wanted, with all defaults."""
+    return {} if value is None else value
+
+
 def _check_mtu(mtu: int) -> int:
     if 0 < mtu < IPV6_MIN_MTU:
         raise ValueError(f"allowed are 0 and {IPV6_MIN_MTU} to 65535: IPv6 needs that much (RFC 8200 section 5)")
@@ -233,9 +238,9 @@ class Config(_Model):
     node_name: str = Field(min_length=1, default_factory=_own_name)
     """This node's name in the cluster. Default: $NODE_NAME, which the DaemonSet sets, else the host's name in lower
     case, which is what kubelet registers."""
-    kubernetes: Kubernetes | None = None
-    """Follow the Nodes of a Kubernetes cluster; `{}` does so with all defaults. The agent's own ranges are then the pod
-    CIDRs of its Node, in place of `ranges`. Default: a node for itself."""
+    kubernetes: Annotated[Kubernetes | None, BeforeValidator(_given)] = None
+    """Follow the Nodes of a Kubernetes cluster; `{}`, or nothing behind the key, does so with all defaults. The agent's
+    own ranges are then the pod CIDRs of its Node, in place of `ranges`. Default: a node for itself."""
 
     network: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")] = "podlane"
     """Name of the network in the CNI configuration that the agent installs."""
@@ -258,7 +263,8 @@ class Config(_Model):
     routing: Routing = "auto"
     """How pods' packets get to other nodes. "direct": as they are, so the nodes, or the routers between them, must know
     the way; "vxlan": wrapped in UDP; "auto": direct to the nodes that are on-link, wrapped to the others. Default: what
-    works in any network."""
+    works where each link carries whatever addresses; "vxlan" also works where the network itself drops what is not from
+    a node's own address (clouds that check sources, as AWS and OpenStack do unless told not to)."""
     tunnel: Tunnel = Tunnel()
     """How they are wrapped. Default: the usual port."""
     mtu: Annotated[int, Field(strict=True, ge=0, le=65535), AfterValidator(_check_mtu)] = 0
@@ -277,7 +283,8 @@ class Config(_Model):
     """How long a pod's device and network namespace must be gone before its addresses are released without a DEL.
     Default: longer than runtimes take from the end of a namespace to their DEL."""
     metrics: Annotated[str, Field(pattern=r"^.+:[0-9]{1,5}$"), AfterValidator(_check_port)] = "127.0.0.1:9815"
-    """Address and port of /metrics, /healthz and /readyz. Default: this machine only."""
+    """Address ("[…]" around one of IPv6, "*" for all) and port of /metrics, /healthz and /readyz. Default: this machine
+    only."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Default: one line per change of state."""
     paths: Paths = Paths()

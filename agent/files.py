@@ -18,7 +18,7 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
     and the rename is an event that containerd's watcher reloads on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(descriptor, mode)
@@ -34,12 +34,17 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
 
 
 def remove_file(path: Path) -> bool:
-    """Remove a file, and say whether it was there. Raises OSError."""
+    """Remove a file, with what a crash has left of its writing, and say whether it was there. Raises OSError."""
+    _temporary(path).unlink(missing_ok=True)
     try:
         path.unlink()
     except FileNotFoundError:
         return False
     return True
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def read_regular(path: Path, limit: int) -> bytes:

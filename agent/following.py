@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 
 from agent.cluster import ClusterNode
@@ -131,7 +133,24 @@ class Following:
         troubles["PodCIDRRefused"] = "; ".join(f"node {name}: {why}" for name, why in sorted(self._refused().items()))
         if missing := self._readiness.no_tunnel():
             troubles["TunnelUnavailable"] = self._readiness.cut_off or f"no node needs the tunnel now, but {missing}"
+        troubles["UnknownServices"] = unknown_services(self._config, os.environ)
         return {reason: message for reason, message in troubles.items() if message}
+
+
+def unknown_services(config: Config, environment: Mapping[str, str]) -> str:
+    """Say that the configuration lacks the services' addresses, as far as the agent's environment shows; else empty.
+
+    Every pod's environment has the address of one service, the API server's, unless somebody has put another there.
+    What is in none of the `service_cidrs` goes past kube-proxy, into the world.
+    """
+    try:
+        address = ip_address(environment.get("KUBERNETES_SERVICE_HOST", ""))
+    except ValueError:  # nothing, or a name that somebody has given
+        return ""
+    is_asked = config.kubernetes is not None and config.kubernetes.kubeconfig is None
+    if not is_asked or any(address in each for each in config.masquerade.service_cidrs):
+        return ""
+    return f"masquerade.service_cidrs lack {address}, where the API server's service is: pods reach no services"
 
 
 def tell_failure(config: Config, failure: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,7 +13,7 @@ from agent.datapath.loader import Datapath
 from agent.datapath.sockets import SocketHooks
 from agent.hooks import StagedHooks
 from agent.loop import Tables
-from agent.state import OtherProtocols
+from agent.state import Address, OtherProtocols
 from agent.wiring import HOST_MAC
 
 log = logging.getLogger(__name__)
@@ -20,15 +21,21 @@ log = logging.getLogger(__name__)
 _OUTWARD = ("from_uplink", "to_uplink", "from_tunnel", "to_tunnel")
 
 
-def open_tables(datapath: Datapath, hooks: StagedHooks, bpffs: Path, node_cgroup: Path | None) -> Tables:
-    """Return all tables of the loop; those in maps are of that datapath."""
+def open_tables(
+    datapath: Datapath,
+    hooks: StagedHooks,
+    bpffs: Path,
+    node_cgroup: Path | None,
+    former: Collection[Address],
+) -> Tables:
+    """Return all tables of the loop; those in maps are of that datapath. `former`: see `EndpointTable`."""
     maps, constants = datapath.maps, datapath.constants
     lanes = {name: constants[f"PREFIX_{name.upper()}"] for name in ("native", "stack", "node")}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}
     return Tables(
         tunnel_devices=netlink.TunnelDeviceTable(HOST_MAC),
         queues=netlink.QueueTable(),
-        endpoints=entries.EndpointTable(maps["endpoints"]),
+        endpoints=entries.EndpointTable(maps["endpoints"], former),
         settings=entries.SettingsTable(maps["settings"], other_protocols=other_protocols),
         prefixes=entries.PrefixTable(maps["prefixes"], **lanes),
         node_addresses=entries.AddressTable(maps["node_addresses"]),

@@ -166,9 +166,10 @@ def _make_loop(
     """Make the loop, which is not started yet; readiness hears of its troubles."""
     config, surroundings, readiness = parts.config, parts.surroundings, parts.readiness
     hooks = kernel.staged_hooks(config.hooks, datapath, config.paths.bpffs)
+    former = [address for pod in store.pods() for address in pod.addresses]
     loop = Loop(
         store=store,
-        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup),
+        tables=kernel.open_tables(datapath, hooks, config.paths.bpffs, surroundings.cgroup, former),
         devices=wiring,
         repaired=parts.metrics.repaired,
         settle=hooks.settle,

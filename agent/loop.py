@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -58,8 +58,8 @@ class Tables:
     """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
 
     Devices and queues come before what sends through them. Uplinks and tunnels come after hooks: `from_pod` sends
-    nothing there before `to_uplink` and `to_tunnel` run, nor after they stop. Gateways come before the routes that name
-    them as a source.
+    nothing there before `to_uplink` and `to_tunnel` run, nor after they stop. (Where these run, it is the other way
+    round: see `_in_order`.) Gateways come before the routes that name them as a source.
     """
 
     tunnel_devices: Table[str, TunnelDevice]
@@ -92,6 +92,7 @@ class Reading(IntEnum):
 
 _MANY = ("prefixes", "peer_routes")
 _OF_PEERS = ("tunnel_devices", "prefixes", "tunnels", "peer_routes")
+_LEADING_OUT = ("uplinks", "tunnels")  # by the index of their devices
 _NOTHING = Outside()
 _NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
@@ -346,11 +347,11 @@ class Loop:
     def _apply(self, desired: State, known: State) -> None:
         failures: dict[str, KernelError] = {}
         deltas = {name: self._delta(name, getattr(desired, name), getattr(known, name)) for name in _NAMES}
-        for name, delta in deltas.items():
-            if delta.upsert:
-                failed = self._table(name).upsert(delta.upsert)
+        for name, upsert in _in_order(deltas, known):
+            if upsert:
+                failed = self._table(name).upsert(upsert)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
-                getattr(known, name).update({k: v for k, v in delta.upsert.items() if k not in failed})
+                getattr(known, name).update({k: v for k, v in upsert.items() if k not in failed})
         for name, delta in reversed(deltas.items()):
             outdated = delta.delete if self._outside.live else _outdated(name, delta.delete, known)
             if outdated:
@@ -370,6 +371,19 @@ class Loop:
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)
         return table
+
+
+def _in_order(deltas: Mapping[str, Delta[Any, Any]], known: State) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield what to write. Devices whose programs run already come before hooks: new ones may look into another map."""
+    served = {attached.ifindex for hook, attached in known.hooks.items() if hook.direction == "egress"}
+    for name, delta in deltas.items():
+        if name == "hooks":
+            for each in _LEADING_OUT:
+                yield each, {key: value for key, value in deltas[each].upsert.items() if key in served}
+        if name in _LEADING_OUT:
+            yield name, {key: value for key, value in delta.upsert.items() if key not in served}
+        else:
+            yield name, delta.upsert
 
 
 def _outdated(name: str, keys: frozenset[Any], known: State) -> frozenset[Any]:

@@ -176,6 +176,9 @@ class _Covers:
 
 
 def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+    own, known = set(place.addresses), node
+    if not own.isdisjoint(node.addresses):  # as of one whose machine is this node's now: no way leads there
+        node = replace(node, addresses=tuple(each for each in node.addresses if each not in own))
     peer, hops = _called(place, node), _hops(place, node)
     mtu = _narrower(place, peer, paths)
     lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
@@ -188,7 +191,7 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
     prefixes: dict[Prefix, Lanes] = {}
     same: dict[Lanes, Lanes] = {}  # as a rule, both families share theirs
-    for networks, is_node in ((pod_cidrs, False), (_own_prefixes(place, node), True)):
+    for networks, is_node in ((pod_cidrs, False), (map(ip_network, node.addresses), True)):
         for network in networks:
             tunnel = tunnels[network.version]
             called = _called_at(place, peer, network.network_address) if is_node else peer
@@ -201,7 +204,7 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
                 mtu=_narrower(place, called, paths) if tunnel else 0,
             )
             prefixes[Prefix.of(network)] = same.setdefault(found, found)
-    return Way(node, peer, lanes, routes, prefixes, refused)
+    return Way(known, peer, lanes, routes, prefixes, refused)
 
 
 def _harmless(place: Place, pod_cidrs: Sequence[Network]) -> tuple[Sequence[Network], str]:
@@ -215,10 +218,6 @@ def _harmless(place: Place, pod_cidrs: Sequence[Network]) -> tuple[Sequence[Netw
         return pod_cidrs, ""
     why = [f"pod CIDR {cidr} holds {gateway}, the next hop of a route of this node's" for cidr, gateway in held.items()]
     return [cidr for cidr in pod_cidrs if cidr not in held], "; ".join(why)
-
-
-def _own_prefixes(place: Place, node: ClusterNode) -> list[Network]:
-    return [ip_network(address) for address in node.addresses if address not in place.addresses]
 
 
 def _called_at(place: Place, peer: Address | None, address: Address) -> Address | None:

@@ -51,6 +51,7 @@ class Surroundings:
         self._peers = Peers()
         self._overhead = 0
         self._seen: _Seen | None = None
+        self._is_stranger = False
         self._known = Outside()
 
     def outside(self, cluster: Cluster, ranges: tuple[Network, ...], *, look: bool = True) -> Outside:
@@ -60,6 +61,7 @@ class Surroundings:
         """
         seen = self._look() if look or self._seen is None else self._seen
         own = _own_addresses(seen, cluster.own)
+        self._tell_of_stranger(own, cluster)
         self._overhead = self._wrapping(cluster, own)
         tunnel = self._tunnel(seen.mtu, own) if self._overhead and cluster.peers else None
         place = Place(
@@ -110,6 +112,22 @@ class Surroundings:
 
     def _pod_mtu(self, uplink_mtu: int) -> int:
         return self._config.mtu or _inside(uplink_mtu, self._overhead)
+
+    def _tell_of_stranger(self, own: Sequence[Address], cluster: Cluster) -> None:
+        """Log if others cannot know what comes from here: what they have wrapped, they take for forged."""
+        known = cluster.own.addresses if cluster.own else ()
+        is_wrapping = bool(cluster.live and cluster.peers) and self._config.routing != "direct"
+        is_stranger = is_wrapping and not set(own).intersection(known)
+        if is_stranger != self._is_stranger:
+            addresses = {"known": known, "own": own}
+            words = " ".join(f"{name}={','.join(map(str, each)) or 'none'}" for name, each in addresses.items())
+            if is_stranger:
+                log.warning(
+                    "other nodes do not know this one by an address that it has, and drop what it wraps %s", words
+                )
+            else:
+                log.info("other nodes know this one by its own addresses %s", words)
+        self._is_stranger = is_stranger
 
     def _look(self) -> _Seen:
         ways = netlink.hops()  # once: among thousands of routes it takes 10 ms

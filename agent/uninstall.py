@@ -126,7 +126,7 @@ def _files(config: Config) -> Iterator[str]:
     paths = config.paths
     remove_launcher(paths.cni_bin_dir)
     _remove(paths.spool.glob("*") if paths.spool.is_dir() else ())
-    _remove((paths.state / "cache").glob("*.object"))
+    _remove((paths.state / "cache").glob("*.object*"))
     _remove(paths.state / name for name in _STATE)
     _remove([paths.socket])
     for directory in (paths.spool, paths.state / "cache", paths.state, paths.socket.parent):

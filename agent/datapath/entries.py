@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from ipaddress import IPv4Address, IPv6Address
 from typing import ClassVar, Generic, TypeVar
@@ -57,10 +57,15 @@ class MapTable(ABC, Generic[K, V]):
         return failures(keys, lambda key: self._map.delete(self._raw_key(key)))
 
     def _write(self, key: K, value: V) -> None:
-        raw_key, raw_value = self._map.key.encode(self._raw_key(key)), self._map.value.encode(self._raw_value(value))
+        raw_key = self._map.key.encode(self._raw_key(key))
+        raw_value = self._map.value.encode(self._entry(key, raw_key, value))
         self._map.update_bytes(raw_key, raw_value)
         # So `read` returns this very object, or one that is equal: comparing by identity is twenty times as fast.
         self._values[raw_value] = value
+
+    def _entry(self, _key: K, _raw_key: bytes, value: V) -> Value:
+        """Return what is to stand in the map, with what there is not the agent's."""
+        return self._raw_value(value)
 
     @abstractmethod
     def _key(self, raw: bytes) -> K: ...
@@ -76,7 +81,27 @@ class MapTable(ABC, Generic[K, V]):
 
 
 class EndpointTable(MapTable[Address, Endpoint]):
-    """The map `endpoints`: the local pods by address."""
+    """The map `endpoints`: the local pods by address.
+
+    What the programs note in `via_stack` is kept: a pod that lost it would answer past the stack to those who have come
+    through it, by a service's address, and they would reset the connection.
+    """
+
+    def __init__(self, entries: Map, former: Collection[Address] = ()) -> None:
+        """`former` are the addresses that pods had before; who has no entry, as in a new map, may have had the note."""
+        super().__init__(entries)
+        self._former = set(former)
+
+    def delete(self, keys: Iterable[Address]) -> dict[Address, KernelError]:
+        """Delete entries: who has the address next, is another pod. Return the failures."""
+        keys = list(keys)
+        self._former.difference_update(keys)
+        return super().delete(keys)
+
+    def _entry(self, key: Address, raw_key: bytes, value: Endpoint) -> Value:
+        found = self._map.get_bytes(raw_key)
+        via_stack = self._map.value.decode(found)["via_stack"] if found else key in self._former
+        return {**self._raw_value(value), "via_stack": int(via_stack)}
 
     def _key(self, raw: bytes) -> Address:
         return to_address(self._map.key.decode(raw))

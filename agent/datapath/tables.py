@@ -102,7 +102,7 @@ class TcxHooks:
         return failures(keys, lambda hook: links.detach(self._pin(hook)))
 
     def _attach(self, hook: Hook, wanted: Attached) -> None:
-        what = f"{wanted.program} at {hook.direction} of {hook.device} (index {wanted.ifindex})"
+        what = f"{wanted.program} at {hook.direction} of {hook.device}"
         program = self._programs.get(wanted.program)
         if program is None:
             raise KernelError(f"attach {what}: the datapath has no such program")

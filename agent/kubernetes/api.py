@@ -131,7 +131,7 @@ def _translated(what: str) -> Iterator[None]:
         yield
     except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, ConfigError, OSError) as error:
         raise ApiError(f"{what}: {error or type(error).__name__}") from error
-    except (msgspec.MsgspecError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (msgspec.MsgspecError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ApiError(f"{what}: cannot understand it: {error!r}") from error
 
 

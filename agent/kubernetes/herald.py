@@ -27,6 +27,7 @@ _COMPONENT = "podlane-agent"
 _NAMESPACE = "default"  # where events of objects without a namespace are
 _CHECK_SECONDS = 1.0
 _EVENT_SECONDS = 3000.0  # API servers forget events after an hour, as a rule
+_MOST_EVENTS = 5  # of one reason within that time: what fails time and again may do it in ever new words
 _NAME_LENGTH = 236  # characters: with a dot and a number, 253 (RFC 1123 subdomains)
 _MESSAGE_LENGTH = 1024  # characters (Kubernetes: apis/core/validation/events.go)
 
@@ -108,7 +109,8 @@ class Herald:
         current = dict(self._troubles())
         self._told = {each: when for each, when in self._told.items() if now - when < _EVENT_SECONDS}
         for trouble in current.items():
-            if trouble not in self._told:
+            count = sum(reason == trouble[0] for reason, _ in self._told)
+            if trouble not in self._told and count < _MOST_EVENTS:
                 tell_once(self._connect, self._node, *trouble)
                 self._told[trouble] = now
 
@@ -135,7 +137,7 @@ def tell_once(connect: Callable[[], Api], node: str, reason: str, message: str) 
     """Write an event that `kubectl describe node` shows. Raises ApiError."""
     with connect() as api:
         api.create(f"/api/v1/namespaces/{_NAMESPACE}/events", _event(node, reason, message))
-    log.info("wrote an event reason=%s", reason)
+    log.warning("wrote an event reason=%s message=%r", reason, message)
 
 
 def _condition(status: str, cut_off: str) -> dict[str, str]:

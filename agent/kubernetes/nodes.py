@@ -163,7 +163,7 @@ def _address(text: str) -> Address | None:
 
 def _network(name: str, cidr: str) -> Network | None:
     try:
-        return ip_network(cidr)
+        return ip_network(cidr, strict=False)  # the API does not mind bits of hosts
     except ValueError as error:
         log.warning("a pod CIDR is of no use node=%s: %s", name, error)
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterable
+from ipaddress import IPv6Address, ip_address
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -16,21 +17,25 @@ from agent.node import Readiness
 from agent.state import KernelError
 from agent.store import StoreError
 
-_CONNECTIONS = 64  # at a time, of scrapers and probes
+_CONNECTIONS = 64  # at a time, from the node itself, and as many from elsewhere
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
-    """Serves some at a time; one more is hung up on, for any process of the node's may open connections."""
+    """Serves some at a time; one more is hung up on, for anybody may open connections.
+
+    Those of the node itself, kubelet's probes among them, have room of their own: nobody in a pod, or in the world,
+    shall have the agent killed by holding all there is.
+    """
 
     daemon_threads = True
     request_queue_size = 128  # those that come at once; the default of 5 makes others wait for a second
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  # as the base class has it
-        self._room = threading.BoundedSemaphore(_CONNECTIONS)
+        self._rooms = {is_local: threading.BoundedSemaphore(_CONNECTIONS) for is_local in (False, True)}
         super().__init__(*args, **kwargs)
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        if self._room.acquire(blocking=False):
+        if self._room(client_address).acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -39,7 +44,12 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            self._room(client_address).release()
+
+    def _room(self, client_address: Any) -> threading.BoundedSemaphore:  # noqa: ANN401
+        address = ip_address(client_address[0])
+        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+        return self._rooms[(mapped or address).is_loopback]
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # not HTTPServer's: that asks DNS for this host's name, which may take for ever
@@ -49,6 +59,10 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
 
 class _IPv6Server(_ThreadingServer):
     address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # of "[::]", whatever the node's default is
+        super().server_bind()
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -61,7 +75,7 @@ class _QuietHandler(WSGIRequestHandler):
 def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WSGIServer:
     """Serve /metrics, /healthz and /readyz on "host:port" or "[host]:port" (IPv6), in a thread. Raises OSError.
 
-    `shutdown()` ends the server.
+    "*:port" is all addresses of both families. `shutdown()` ends the server.
     """
     metrics_app = make_wsgi_app(registry)
 
@@ -77,6 +91,8 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
         return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
 
     host, _, port = address.rpartition(":")
+    if host == "*":
+        host = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104  # who configures it wants it
     kind = _IPv6Server if host.startswith("[") else _ThreadingServer
     server = make_server(host.strip("[]"), int(port), app, kind, _QuietHandler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

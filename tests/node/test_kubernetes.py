@@ -230,6 +230,16 @@ def test_a_tunnel_port_that_is_taken(node: Node) -> None:
     node.wait_for(lambda: node.network_unavailable == "False", "the condition to be put right")
 
 
+def test_a_node_under_a_strange_address(node: Node) -> None:
+    """A node that has none of its Node's InternalIPs says so, for others take what it wraps for forged."""
+    node.api.objects.put(make_node("n", [V4], ["192.0.2.99"]), make_node("m", ["10.78.0.0/24"], ["203.0.113.1"]))
+    node.start_agent()
+    words = "other nodes do not know this one by an address that it has, and drop what it wraps known=192.0.2.99"
+    node.wait_for(lambda: words in node.log_tail(), "the complaint")
+    node.register(V4)
+    node.wait_for(lambda: "other nodes know this one by its own addresses" in node.log_tail(), "its end")
+
+
 def test_memory_does_not_grow_with_what_is_not_used(node: Node) -> None:
     """1,000 Nodes of 25 kB each, listed, watched and remembered, take a tenth of that in the agent."""
     node.register(V4, V6)

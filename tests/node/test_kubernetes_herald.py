@@ -171,6 +171,17 @@ def test_events(server: ApiServer, told: Told) -> None:
     told.wait_for(lambda: len(server.objects.events) == 2, "an event of what is new")
 
 
+def test_events_are_few(server: ApiServer, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told in other words each time, such as with the index of a device, fills nobody's list of events."""
+    monkeypatch.setattr("agent.kubernetes.herald._CHECK_SECONDS", 0.01)
+    for number in range(20):
+        told.troubles = {"DatapathFailed": f"attach from_pod (index {number})"}
+        threading.Event().wait(0.1)
+    told.troubles["PodCIDRConflict"] = "pod CIDR 10.0.0.0/24 overlaps"
+    told.wait_for(lambda: "PodCIDRConflict" in str(server.objects.events), "the event of another reason")
+    assert len(server.objects.events) <= 6
+
+
 def test_events_wait_for_the_server(server: ApiServer, told: Told) -> None:
     """An event that the server did not take is written later."""
     told.wait_for(lambda: server.watches, "the watch")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.kubernetes import Api
+from agent.kubernetes import Api, ApiError
 from tests.node.api.followers import Following, numbered
 from tests.node.api.server import ApiServer
 
@@ -158,6 +158,18 @@ def test_without_credentials(server: ApiServer, tmp_path: Path) -> None:
     assert server.write_kubeconfig(token_file=False) == path
     it.wait_until_known("node-000", "node-001", "node-002")
     it.source.stop()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "nonsense", "[]", "users: 1", "{", "clusters: []\ncontexts: []\ncurrent-context: a\nusers: []"],
+)
+def test_a_bad_kubeconfig(tmp_path: Path, text: str) -> None:
+    """A file that is no kubeconfig, such as one that is being written, is trouble as any other, in our own words."""
+    path = tmp_path / "kubeconfig"
+    path.write_text(text)
+    with pytest.raises(ApiError, match="read the credentials"):
+        Api(path)
 
 
 def test_a_server_that_is_not_the_clusters(server: ApiServer, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
@@ -214,6 +216,24 @@ def test_only_this_machine_is_served(node: Machine, pods: tuple[TestPod, TestPod
         refused = pods[0].netns.run("curl", "-sS", "-m", "1", f"http://{address}:9815/metrics", check=False)
         assert refused.returncode != 0
         assert refused.stdout == ""
+
+
+def test_who_is_served_cannot_hold_up_the_probes(tmp_path: Path) -> None:
+    """Where all addresses are served, pods reach both families, and by no flood do they take the probes' place."""
+    with machine(tmp_path, metrics="*:9815") as node, ExitStack() as stack:
+        node.add_uplink()
+        node.start_agent()
+        pod = node.make_pod()
+        for address in ("192.0.2.10", "[2001:db8::10]"):
+            assert pod.netns.run("curl", "-sS", "-m", "5", f"http://{address}:9815/healthz").stdout == "ok\n"
+
+        def connect() -> None:
+            for _ in range(200):
+                stack.enter_context(socket.create_connection(("192.0.2.10", 9815)))
+
+        pod.netns.call(connect)
+        assert node.get("/healthz") == (200, "ok\n")
+        assert pod.netns.run("curl", "-sS", "-m", "1", "http://192.0.2.10:9815/healthz", check=False).stdout == ""
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics/x", "/Metrics", "/readyz/"])

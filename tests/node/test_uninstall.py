@@ -19,6 +19,13 @@ _PEERS = [
     {"name": "far", "addresses": ["198.51.100.7"], "pod_cidrs": ["10.244.2.0/24"]},
 ]
 
+_HALF_WRITTEN = (
+    "conf/.10-podlane.conflist.tmp",
+    "bin/.podlane.tmp",
+    "state/.cluster.json.tmp",
+    "state/cache/.0.object.tmp",
+)
+
 Snapshot = dict[str, list[str]]
 
 
@@ -93,6 +100,8 @@ def test_nothing_is_left(node: Machine) -> None:
         node.delete_pod(pod)
     node.stop_agent()
     assert snapshot(node) != before
+    for path in _HALF_WRITTEN:
+        (node.directory / path).touch()  # as an agent that is killed while it writes leaves them
     done = uninstall(node)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert differences(before, snapshot(node)) == []

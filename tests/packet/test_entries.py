@@ -11,13 +11,32 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.datapath.entries import AddressTable, PrefixTable, SettingsTable, TunnelTable, UplinkTable
+from agent.datapath.entries import (
+    AddressTable,
+    EndpointTable,
+    PrefixTable,
+    SettingsTable,
+    TunnelTable,
+    UplinkTable,
+    to_address,
+)
 from agent.datapath.loader import Datapath, load
 from agent.datapath.object import Object
-from agent.state import Lanes, Network, OtherProtocols, Prefix, Settings, Sources, Table, TunnelEnd
+from agent.state import (
+    Address,
+    Endpoint,
+    Lanes,
+    Network,
+    OtherProtocols,
+    Prefix,
+    Settings,
+    Sources,
+    Table,
+    TunnelEnd,
+)
 from tests.support import prefix
 
-SIZES = {"uplinks": 16, "tunnels": 16, "node_addresses": 16, "prefixes": 64}
+SIZES = {"endpoints": 16, "uplinks": 16, "tunnels": 16, "node_addresses": 16, "prefixes": 64}
 
 
 @pytest.fixture
@@ -44,6 +63,25 @@ def assert_holds(table: Table[Any, Any], entries: Mapping[Any, Any]) -> None:
     assert table.delete(list(entries)) == {}
     assert table.delete(list(entries)) == {}
     assert table.read() == {}
+
+
+def test_endpoints(datapath: Datapath) -> None:
+    """What the programs have noted of a pod outlives each change of the rest; in a new map, pods of before have it."""
+    old, new = ip_address("10.0.0.1"), ip_address("fd00::2")
+    table = EndpointTable(datapath.maps["endpoints"], former=[old])
+
+    def noted() -> dict[Address, int]:
+        return {to_address(key): value["via_stack"] for key, value in datapath.maps["endpoints"].items()}
+
+    one, other = Endpoint(7, "02:00:00:00:00:07"), Endpoint(8, "02:00:00:00:00:08", queued=True)
+    assert table.upsert({old: one, new: one}) == {}
+    assert noted() == {old: 1, new: 0}
+    assert table.upsert({old: other, new: other}) == {}
+    assert noted() == {old: 1, new: 0}
+    assert table.read() == {old: other, new: other}
+    table.delete([old])
+    table.upsert({old: one})
+    assert noted() == {old: 0, new: 0}  # another pod's by now
 
 
 def test_uplinks(datapath: Datapath) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -95,6 +96,19 @@ def test_so_many_addresses_count() -> None:
     assert cluster.own == ClusterNode("a", addresses)
     assert cluster.peers == (ClusterNode("b", addresses[:8]),)
     assert cluster.refused == {"b": "of its 9 addresses, the first 8 count"}
+
+
+def test_a_pod_cidr_in_which_nodes_live() -> None:
+    """A young node that is given the nodes' own network for its pods is refused it, and takes nobody's address."""
+    cidrs = [(ip_network(f"10.0.{number}.0/24"),) for number in (1, 2, 50)]
+    nodes = [
+        ClusterNode(name, (ip_address(f"10.0.50.{number}"),), cidrs[number], f"2026-01-0{number + 1}T00:00:00Z")
+        for number, name in enumerate("abc")
+    ]
+    cluster = settle(nodes, "c", live=True)
+    assert cluster.peers == tuple(nodes[:2])
+    assert cluster.own == replace(nodes[2], pod_cidrs=())
+    assert cluster.refused == {"c": "pod CIDR 10.0.50.0/24 has addresses of older nodes in it, a among them"}
 
 
 def test_only_a_report_that_changes_something_is_passed_on() -> None:

@@ -225,13 +225,14 @@ def test_every_field_is_documented() -> None:
 
 
 def test_kubernetes_takes_the_place_of_ranges(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `kubernetes` the node has no ranges of its own, and giving some as well is refused."""
+    """With `kubernetes`, all alone or not, the node has no ranges of its own; giving some as well is refused."""
     monkeypatch.setenv("NODE_NAME", "worker-1")
-    file.write_text("kubernetes: {}")
-    config = load(file)
-    assert config.kubernetes is not None
-    assert config.own_ranges == ()
-    assert config.node_name == "worker-1"
+    for text in ("kubernetes: {}", "kubernetes:"):
+        file.write_text(text)
+        config = load(file)
+        assert config.kubernetes is not None
+        assert config.own_ranges == ()
+        assert config.node_name == "worker-1"
     file.write_text("kubernetes: {}\nranges: [{subnet: 10.0.0.0/24}]")
     with pytest.raises(ConfigError, match="kubernetes takes the place of ranges"):
         load(file)

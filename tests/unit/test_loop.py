@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.plan import Outside
-from agent.state import Hook, Lanes, Prefix, TunnelDevice
+from agent.state import Attached, Hook, Lanes, Prefix, TunnelDevice
 from agent.store import AddressTaken, Netns, Phase
 from cni.call import Attachment
 from tests.support import prefix
@@ -62,6 +62,18 @@ def test_order(slow: World) -> None:
     assert sorted(chain, key=NAMES.index) == list(chain)
     assert NAMES.index("gateways") < NAMES.index("routes")
     assert max(map(NAMES.index, ("settings", "prefixes", "node_addresses", "host_ports"))) < NAMES.index("hooks")
+
+
+def test_order_of_an_upgrade(slow: World) -> None:
+    """Where programs of an earlier agent lead out, the new ones' maps know the device before they take over."""
+    hooks = slow.desired().hooks
+    at_eth0 = {hook: Attached(attached.ifindex, "stale:1") for hook, attached in hooks.items() if hook.device == "eth0"}
+    slow.table("hooks").objects.update(at_eth0)
+    slow.add("a")
+    with slow.running():
+        done = [name for what, name in slow.journal if what == "upsert" and name in ("uplinks", "hooks", "tunnels")]
+        assert done == ["uplinks", "hooks", "uplinks", "tunnels"]
+        assert slow.actual() == slow.desired()
 
 
 def test_pass_touches_only_what_differs(slow: World) -> None:

@@ -100,6 +100,15 @@ def test_called_by_a_common_family() -> None:
     assert {lanes.tunnel for lanes in strange.prefixes.values()} == {0}
 
 
+def test_no_way_leads_to_oneself() -> None:
+    """A node that is said to have this one's address, as one whose machine this is now, is called at its others."""
+    assert way(place(), OWN[0], FAR).peer == FAR
+    gone = way(place(), *OWN)
+    assert gone.peer is None
+    assert {lanes.tunnel for lanes in gone.prefixes.values()} == {0}
+    assert [each.gateway for each in gone.routes.values()] == [None, None]  # but into the tunnel, which drops it
+
+
 def test_called_by_another_family() -> None:
     """A node without an address of the family that the tunnel's MTU is made for has less room inside."""
     assert way(place(), FAR6).routes[V4].mtu == way(place(), FAR6).prefixes[V4].mtu == 1430
