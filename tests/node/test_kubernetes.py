@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.node.api.node import Node, api_node
 from tests.node.api.objects import make_node
-from tests.node.api.server import ApiServer
-from tests.node.machine import Machine
 from tests.node.verbs import add, assert_refused
 
 V4, V6 = "10.77.0.0/24", "fd00:77::/64"
@@ -19,47 +17,10 @@ PAGE_KB = 3 * 2500  # one of 100 Nodes, as it comes in pieces, as a whole, and b
 TAINT = {"key": "podlane.io/agent-not-ready", "effect": "NoSchedule"}
 
 
-class Node(Machine):
-    """A machine with an API server."""
-
-    api: ApiServer
-
-    def add_api(self) -> None:
-        """Give it an API server that has no Nodes yet, and tell the agent."""
-        (self.directory / "api").mkdir()
-        self.api = ApiServer(self.directory / "api", self.netns)
-        self._stack.callback(self.api.stop)
-        kubeconfig = self.api.write_kubeconfig()
-        self.configure(node_name="n", kubernetes={"kubeconfig": str(kubeconfig)})
-
-    def register(self, *cidrs: str, age: int = 0) -> None:
-        """Write the node's own Node."""
-        self.api.objects.put(make_node("n", cidrs, ["192.0.2.10", "2001:db8::10"], age=age))
-
-    def status(self) -> tuple[int, str]:
-        """Return the code and the reason that STATUS gives; 0 if all is well."""
-        outcome = self.cni("STATUS", ifname="")
-        return (outcome.json()["code"], outcome.json()["details"]) if outcome.exit_code else (0, "")
-
-    @property
-    def conflist(self) -> Path:
-        """Where the CNI configuration is once the node is ready."""
-        return self.directory / "conf" / "10-podlane.conflist"
-
-    def native(self) -> set[str]:
-        """Return the subnets that are unreachable but for pods: the node's own."""
-        routes = (self.netns.run("ip", family, "route", "show", "proto", "112").stdout for family in ("-4", "-6"))
-        return {line.split()[1] for text in routes for line in text.splitlines() if line.startswith("unreachable")}
-
-
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     """Make a machine whose API server is up; the agent is not."""
-    with ExitStack() as stack:
-        it = Node(tmp_path, stack)
-        it.add_uplink()
-        it.add_api()
-        it.api.start()
+    with api_node(tmp_path) as it:
         yield it
 
 
