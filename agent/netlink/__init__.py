@@ -10,6 +10,7 @@ from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
     ALIAS_PREFIX,
     NAME_PREFIX,
+    OWN_MAC,
     TUNNEL,
     delete_device,
     devices,
@@ -44,6 +45,7 @@ from agent.netlink.uplinks import node_addresses, uplinks
 __all__ = [
     "ALIAS_PREFIX",
     "NAME_PREFIX",
+    "OWN_MAC",
     "TUNNEL",
     "Change",
     "ClsactHooks",
