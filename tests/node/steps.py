@@ -5,8 +5,8 @@ start of another program, and in the end the reply. Whatever happens between two
 as if it happened at the next step. Steps are counted, in all threads, from the moment the call arrives.
 
 Calls are named by command and container. Two that are none: SETTLE, the agent's own call that moves programs to where
-they shall stay, of whichever container; and FOLLOW, what it does from the first report of the cluster on that has a
-Node of that name.
+they shall stay, of whichever container; and FOLLOW, what it does from the report of the cluster on by which a Node of
+that name comes, or, with a minus before it, goes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agent.datapath import libbpf
 from agent.datapath.maps import Map
 from agent.following import Following
 from agent.hooks import StagedHooks
-from agent.netlink.channel import dump
+from agent.netlink.channel import ask, dump
 from agent.store import Store
 from cni.commands import handle
 from cni.wire import reply
@@ -42,7 +42,7 @@ _BPF_CALLS = (
 )
 _ARRIVAL, _REPLY, _SETTLE = handle.__code__, reply.__code__, StagedHooks.settle.__code__
 _REPORT = Following._take.__code__
-_READS = {function.__code__ for function in (dump, Store.pods, pods.find, pods.find_all)}
+_READS = {function.__code__ for function in (ask, dump, Store.pods, pods.find, pods.find_all)}
 # Threads that change nothing. Python 3.11 crashes, collecting garbage, if the first one is profiled as it reads YAML.
 _BYSTANDERS = {"herald", "nodes-watch"}
 _STEPS = {_REPLY, *(function.__code__ for function in _BPF_CALLS)}
@@ -57,6 +57,7 @@ class Steps:
         self._tell = tell
         self._numbers = itertools.count(1)
         self._armed = False
+        self._is_due = False  # the next report that is as it should be is the first one
 
     def __call__(self, frame: FrameType, event: str, what: object) -> None:
         """Look at one call or return."""
@@ -79,13 +80,20 @@ class Steps:
                 self._numbers = itertools.count(1)
 
     def _is_the_call(self, frame: FrameType) -> bool:
-        command, container = self._call
+        command = self._call[0]
         if frame.f_code is _SETTLE:
             return command == "SETTLE"
         if frame.f_code is _REPORT:
-            return command == "FOLLOW" and any(each.name == container for each in frame.f_locals["nodes"])
+            return command == "FOLLOW" and self._is_the_report({each.name for each in frame.f_locals["nodes"]})
         environment = frame.f_locals["request"].env
         return self._call == (environment.get("CNI_COMMAND"), environment.get("CNI_CONTAINERID"))
+
+    def _is_the_report(self, names: set[str]) -> bool:
+        name = self._call[1]
+        is_so = (name.removeprefix("-") in names) != name.startswith("-")
+        is_first = is_so and self._is_due
+        self._is_due = not is_so
+        return is_first
 
     @staticmethod
     def log(number: int, what: str) -> None:

@@ -49,7 +49,7 @@ def api_node(directory: Path, **config: object) -> Iterator[Node]:
     """Yield a machine whose API server is up; the agent is not. `config` is more of its configuration."""
     with ExitStack() as stack:
         it = Node(directory, stack)
-        it.add_uplink()
+        it.world = it.add_uplink()
         it.add_api(**config)
         it.api.start()
         yield it
