@@ -96,17 +96,32 @@ def test_an_outage_concerns_no_pod(node: Node) -> None:
 
 @pytest.mark.parametrize("is_silent", [False, True])
 def test_a_reboot_during_an_outage(node: Node, is_silent: bool) -> None:
-    """A node whose first start was long ago serves pods after a reboot, though the API server is away, or is silent."""
+    """A node whose first start was long ago serves pods after a reboot, though the API server is away, or is silent.
+
+    It also knows the ways to other nodes.
+    """
     node.register(V4, V6)
+    for name, address, cidr in (("near", "192.0.2.1", "10.80.0.0/24"), ("far", "203.0.113.1", "10.81.0.0/24")):
+        node.api.objects.put(make_node(name, [cidr], [address]))
     node.start_agent()
+    node.wait_for(lambda: "10.81.0.0/24" in ways(node), "the ways to other nodes")
+    before = ways(node)
     node.stop_agent()
     if is_silent:
         node.api.faults.frozen = True
     else:
         node.api.stop()
     (node.directory / "state" / "ipam.db").unlink()
+    node.netns.run("ip", "link", "delete", "podlane.vx")
+    node.netns.run("ip", "route", "flush", "proto", "112")
     node.start_agent()
+    assert ways(node) == before
     assert node.make_pod("a").addresses == ["10.77.0.1", "fd00:77::1"]
+
+
+def ways(node: Node) -> str:
+    """Return the IPv4 routes that are podlane's."""
+    return node.netns.run("ip", "route", "show", "proto", "112").stdout
 
 
 def test_a_first_start_during_an_outage(node: Node) -> None:
