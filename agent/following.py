@@ -123,8 +123,8 @@ class Following:
         ranges = [Range.of(each) for each in (cluster.own.pod_cidrs if cluster.own else ())]
         if {each.subnet for each in ranges} == set(self._store.subnets):
             return
-        log.info("addresses for pods are those of ranges=%s", ",".join(str(each.subnet) for each in ranges) or "none")
         self._store.set_ranges(ranges)
+        log.info("addresses for pods are those of ranges=%s", ",".join(str(each.subnet) for each in ranges) or "none")
 
     def _troubles(self) -> dict[str, str]:
         """Return what needs a person, by the reason of its event."""

@@ -13,7 +13,7 @@ from agent import check, host_ports, netlink, podroutes, supply
 from agent.config import IPV6_MIN_MTU
 from agent.loop import Loop
 from agent.readiness import Readiness
-from agent.store import Netns, Origin, Phase, Pod, Store, StoreError
+from agent.store import AddressNotInRange, Netns, Origin, Phase, Pod, Store, StoreError
 from agent.translated import translated
 from agent.wiring import GATEWAYS, HOST_MAC, Wiring, device_name, netns_id, pod_mac
 from cni.call import Attachment, Call
@@ -169,12 +169,17 @@ class Node:
             log.info("assigned pod=%s addresses=%s", _label(pod), _addresses(pod))
         return replace(pod, subnets=subnets)
 
-    def commit(self, attachment: Attachment, result: Result) -> None:
-        """See `cni.commands.Node`. Code 11 if a DEL came in between."""
+    def commit(self, call: Call, result: Result) -> None:
+        """See `cni.commands.Node`. Code 11 if a DEL came in between, or the node's own pod CIDRs changed."""
+        own = [each.address.ip for each in result.ips] if supply.of(call).pools is None else []
         with translated():
-            if not self._store.activate(attachment, podroutes.encode(result.routes)):
-                raise _deleted(attachment)
-        log.info("attached pod=%s", attachment)
+            try:
+                is_active = self._store.activate(call.attachment, podroutes.encode(result.routes), own)
+            except AddressNotInRange as error:  # other nodes may have no way to these any more, or another one
+                raise CniError(Code.TRY_AGAIN_LATER, "the node's pod CIDRs have changed", str(error)) from error
+        if not is_active:
+            raise _deleted(call.attachment)
+        log.info("attached pod=%s", call.attachment)
 
     def release(self, attachment: Attachment, request: Request | None = None) -> None:
         """See `cni.commands.Node`. The addresses are free only when nothing in the kernel knows them any more."""

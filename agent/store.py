@@ -203,12 +203,15 @@ class Store:
                 db.execute("INSERT OR IGNORE INTO last_given VALUES (?, ?)", (pool, pack(address)))
         return adopted
 
-    def activate(self, attachment: Attachment, routes: str = "") -> bool:
+    def activate(self, attachment: Attachment, routes: str = "", own: Sequence[Address] = ()) -> bool:
         """Make a reserved attachment active, with these `Pod.routes`.
 
-        Returns False if it is not reserved (any more).
+        `own` are its addresses if they are of the agent's own ranges. Returns False if it is not reserved (any more).
+        Raises AddressNotInRange if the agent's ranges are others by now; then nothing has changed.
         """
         with self._transaction() as db:
+            if own:
+                _check_current(self.default_pools, own)
             cursor = db.execute(
                 f"UPDATE attachment SET phase = ?, routes = ? WHERE {IS} AND phase = ?",  # noqa: S608
                 (Phase.ACTIVE, routes, *key(attachment), Phase.RESERVED),
@@ -273,6 +276,12 @@ def _default_pools(
         )
         for family in families
     )
+
+
+def _check_current(pools: Sequence[Pool], addresses: Sequence[Address]) -> None:
+    if len(pools) != len(addresses) or not all(map(Pool.__contains__, pools, addresses)):
+        given, allowed = ", ".join(map(str, addresses)), "; ".join(map(str, pools)) or "none"
+        raise AddressNotInRange(f"{given} (allowed is by now one of each range set: {allowed})")
 
 
 def _insert(db: sqlite3.Connection, pod: Pod) -> None:

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 GATEWAYS: dict[int, Address] = {4: IPv4Address("169.254.1.1"), 6: IPv6Address("fe80::1")}
 """The pods' gateway of each family: link-local, so that it is of no range, and the same on all nodes."""
 
-HOST_MAC = "02:70:6c:61:6e:65"
-"""Of every host end: locally administered, and "plane" in ASCII. Pods are links of their own, so one serves all."""
+HOST_MAC = netlink.OWN_MAC
+"""Of every host end. Pods are links of their own, so one serves all."""
 
 _ALIAS_LENGTH = 240  # characters; the kernel takes 255 bytes (IFALIASZ), and container ids may be longer
 

@@ -42,8 +42,11 @@ class Node(Protocol):
         `netns` is the open network namespace.
         """
 
-    def commit(self, attachment: Attachment, result: Result) -> None:
-        """Record what `connect` made as complete: from here on it survives a crash of the agent."""
+    def commit(self, call: Call, result: Result) -> None:
+        """Record what `connect` made as complete: from here on it survives a crash of the agent.
+
+        Refuses addresses that the node must not give any more.
+        """
 
     def release(self, attachment: Attachment, request: Request | None = None) -> None:
         """Take away all that the attachment has, its addresses last; one that is unknown is released already.
@@ -112,7 +115,7 @@ def add(call: Call, request: Request, node: Node) -> bytes:
         result = node.connect(call, request, netns)
         whole = result if previous is None else result.after(previous)
         printed = json.dumps(whole.to_json(call.config.cni_version)).encode()
-        node.commit(call.attachment, result)
+        node.commit(call, result)
         undo.pop_all()
     return printed
 

@@ -13,6 +13,7 @@ from agent.netlink.clsact import ClsactHooks
 from agent.netlink.devices import (
     ALIAS_PREFIX,
     NAME_PREFIX,
+    OWN_MAC,
     TUNNEL,
     default_devices,
     delete_device,
@@ -49,6 +50,7 @@ from agent.netlink.uplinks import node_addresses, uplinks
 __all__ = [
     "ALIAS_PREFIX",
     "NAME_PREFIX",
+    "OWN_MAC",
     "TUNNEL",
     "Change",
     "ClsactHooks",

@@ -27,6 +27,7 @@ from agent.netlink.encode import message
 from agent.netlink.rtnl import (
     ADDRESS,
     FAMILY,
+    IFLA_ADDRESS,
     IFLA_IFALIAS,
     IFLA_IFNAME,
     IFLA_MTU,
@@ -48,9 +49,12 @@ from agent.netlink.rtnl import (
 )
 from agent.state import Address
 
-# How a restarted agent recognises the host ends of its pods' veth pairs: by both.
+# How a restarted agent recognises its devices: by name, and alias or MAC address. The kernel takes no alias as it makes
+# a device: one whose maker was killed before it wrote that has the address only.
 NAME_PREFIX = "pl"
 ALIAS_PREFIX = "podlane:"
+OWN_MAC = "02:70:6c:61:6e:65"
+"""Of host ends and the tunnel: locally administered, and "plane" in ASCII."""
 
 TUNNEL = "podlane.vx"
 """The name of the device that leads to nodes that are not on-link."""
@@ -158,7 +162,8 @@ def enable_forwarding() -> dict[str, sysctl.Change]:
 def is_own(link: Link) -> bool:
     """Say whether a device is the host end of a pod's veth pair, such a pod's shaper, or the tunnel."""
     alias = text(link.attributes.get(IFLA_IFALIAS, b""))
-    return (link.name.startswith(NAME_PREFIX) or link.name == TUNNEL) and alias.startswith(ALIAS_PREFIX)
+    is_marked = alias.startswith(ALIAS_PREFIX) or link.attributes.get(IFLA_ADDRESS, b"").hex(":") == OWN_MAC
+    return is_marked and (link.name.startswith(NAME_PREFIX) or link.name == TUNNEL)
 
 
 def links(*filters: tuple[str, object]) -> Iterator[Link]:

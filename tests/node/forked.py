@@ -1,4 +1,4 @@
-"""Agents that die soon, forked from a process that has imported all that they need: most of their time went there."""
+"""Agents that die soon, or wait at some step: forked from a process that has imported all that they need, for speed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from agent.netlink.netns import CLONE_NEWNET, LIBC
 from tests.node import die_at
-from tests.node.machine import ROOT, Machine
+from tests.node.machine import ROOT, START_SECONDS, Machine
+from tests.node.steps import Steps
+
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class ForkedAgent:
@@ -57,15 +61,60 @@ def start_doomed(node: Machine, command: str, container: str, step: int, *, wait
 
     Before step 0 nobody dies.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([die_at.__name__])
-    arguments = (str(node.netns.path), str(node.log), command, container, step, ("--config", str(node.config)))
-    node.agent = ForkedAgent(context.Process(target=_live, args=arguments))  # type: ignore[assignment]  # what it uses
+    _start(node, partial(die_at.live, command, container, step))
     if wait:
         node.wait_ready()
 
 
-def _live(netns: str, log: str, command: str, container: str, step: int, arguments: Sequence[str]) -> None:
+class Hold:
+    """Where the calls of one container are to wait, between the agent's process and the test's."""
+
+    def __init__(self) -> None:
+        self._step = _CONTEXT.Value("i", 0)
+        self._is_held, self._may_go = _CONTEXT.Event(), _CONTEXT.Event()
+
+    def arrange(self, step: int) -> None:
+        """Have the next call wait before this step; with 0 it does not, and the log tells which steps there were."""
+        self._step.value = step
+        self._is_held.clear()
+        self._may_go.clear()
+
+    def wait_held(self) -> None:
+        """Wait until the call waits."""
+        assert self._is_held.wait(START_SECONDS), f"nobody came to step {self._step.value}"
+
+    def let_go(self) -> None:
+        """Let it go on."""
+        self._may_go.set()
+
+    def pass_by(self, number: int, what: str) -> None:
+        """Be the agent that comes to a step."""
+        if number == self._step.value:
+            self._is_held.set()
+            self._may_go.wait(START_SECONDS)
+        elif not self._step.value:
+            Steps.log(number, what)
+
+
+def start_held(node: Machine, command: str, container: str) -> Hold:
+    """Start a node's agent, whose calls of this kind can be held at any step, and wait until it is ready."""
+    hold = Hold()
+    _start(node, partial(_be_held, command, container, hold))
+    node.wait_ready()
+    return hold
+
+
+def _be_held(command: str, container: str, hold: Hold) -> None:
+    Steps(command, container, hold.pass_by).live()
+
+
+def _start(node: Machine, live: Callable[[], None]) -> None:
+    _CONTEXT.set_forkserver_preload([die_at.__name__])
+    arguments = (str(node.netns.path), str(node.log), live, ("--config", str(node.config)))
+    node.agent = ForkedAgent(_CONTEXT.Process(target=_live, args=arguments))  # type: ignore[assignment]  # what it uses
+
+
+def _live(netns: str, log: str, live: Callable[[], None], arguments: Sequence[str]) -> None:
     """Become the agent, in the node's network namespace."""
     with Path(netns).open("rb") as file:
         if LIBC.setns(file.fileno(), CLONE_NEWNET) != 0:
@@ -75,4 +124,4 @@ def _live(netns: str, log: str, command: str, container: str, step: int, argumen
             os.dup2(file.fileno(), number)
     os.environ["PYTHONPATH"] = str(ROOT)
     sys.argv[1:] = arguments
-    die_at.live(command, container, step)
+    live()

@@ -53,7 +53,7 @@ class Mesh:
     @property
     def world(self) -> Party:
         """The world behind the router, by the families that nodes have addresses of."""
-        return Party.of("world", self.nodes.world, [WORLD[family] for family in self.nodes.families])
+        return Party.of("world", self.nodes.world, [WORLD[family] for family in self.nodes.families.nodes])
 
     def serve(self, stack: ExitStack) -> None:
         """Run the servers."""

@@ -45,19 +45,32 @@ class Entry:
         return {"name": self.name, "addresses": list(self.addresses), "pod_cidrs": list(self.pod_cidrs)}
 
 
+@dataclass(frozen=True)
+class Families:
+    """Of the addresses that nodes have, and pods."""
+
+    nodes: Sequence[int] = BOTH
+    pods: Sequence[int] = BOTH
+
+
+DUAL = Families()
+
+
 class Member(Machine):
-    """A node of the cluster, plugged into the router. `families` are those of its own addresses (of pods: both).
+    """A node of the cluster, plugged into the router, with the `families` of its own addresses and of its pods'.
 
     The second one is as older and stricter nodes are: it has no tcx, and filters by reverse path.
     """
 
     def __init__(
-        self, directory: Path, stack: ExitStack, router: Netns, number: int, families: Sequence[int], **config: object
+        self, directory: Path, stack: ExitStack, router: Netns, number: int, families: Families, **config: object
     ) -> None:
         self.name = f"n{number + 1}"
         self.link = "far" if number == FAR else "lan"
-        self.families = families
-        self.pod_cidrs: tuple[str, ...] = (f"10.244.{number + 1}.0/24", f"fd00:10:244:{number + 1}::/64")
+        self.families = families.nodes
+        both = (f"10.244.{number + 1}.0/24", f"fd00:10:244:{number + 1}::/64")
+        self.pod_cidrs: tuple[str, ...] = tuple(both[family] for family in families.pods)
+        self._has_ipv6 = V6 in (*families.nodes, *families.pods)
         self._router = router
         self._is_strict = number == SECOND
         self._config = {"hooks": "clsact", **config} if self._is_strict else config
@@ -137,6 +150,8 @@ class Member(Machine):
         self.agent_command = ("unshare", "--mount", "sh", "-c", mount, "sh", *self.agent_command[-3:])
 
     def _plug(self) -> None:
+        if not self._has_ipv6:
+            self.netns.run("sysctl", "-qw", *(f"net.ipv6.conf.{each}.disable_ipv6=1" for each in ("all", "default")))
         if self._is_strict:
             self.netns.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=1")
         link = ["ip", "-n", self._router.name, "link", "add", self.name, "type", "veth"]
@@ -159,7 +174,7 @@ class Member(Machine):
 class Nodes:
     """The cluster. Nothing runs on its nodes until `start`. `config` is part of every agent's configuration."""
 
-    def __init__(self, directory: Path, stack: ExitStack, families: Sequence[int] = BOTH, **config: object) -> None:
+    def __init__(self, directory: Path, stack: ExitStack, families: Families, **config: object) -> None:
         self.families = families
         self.router, self.world = Netns("router"), Netns("world")
         for netns in (self.router, self.world):
@@ -218,7 +233,7 @@ class Nodes:
 
 
 @contextmanager
-def nodes(directory: Path, families: Sequence[int] = BOTH, **config: object) -> Iterator[Nodes]:
+def nodes(directory: Path, families: Families = DUAL, **config: object) -> Iterator[Nodes]:
     """Yield a cluster in a directory of its own; its agents do not run yet."""
     with ExitStack() as stack:
         yield Nodes(directory, stack, families, **config)

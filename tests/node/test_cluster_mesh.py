@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -13,11 +14,25 @@ from tests.node.echo import transfer
 from tests.node.internet import forget_mtu
 from tests.node.machine import pings
 from tests.node.mesh import Mesh, Party, mesh
-from tests.node.nodes import BOTH, FAR, FIRST, PLACES, V6, nodes
+from tests.node.nodes import DUAL, FAR, FIRST, PLACES, V4, V6, Families, nodes
 
-KINDS = {"direct": BOTH, "vxlan": BOTH, "auto": BOTH, "auto by IPv6": (V6,)}
-"""Of cluster: the routing, and the families of the nodes' own addresses. Pods always have both."""
-MTU = {"direct": 1500, "vxlan": 1450, "auto": 1450, "auto by IPv6": 1430}
+KINDS = {
+    "direct": DUAL,
+    "vxlan": DUAL,
+    "auto": DUAL,
+    "auto by IPv6": Families(nodes=(V6,)),
+    "auto, IPv6 only": Families(nodes=(V6,), pods=(V6,)),
+    "auto, IPv4 only": Families(nodes=(V4,), pods=(V4,)),
+}
+"""Of cluster: the routing, and who has addresses of which families."""
+MTU = {
+    "direct": 1500,
+    "vxlan": 1450,
+    "auto": 1450,
+    "auto by IPv6": 1430,
+    "auto, IPv6 only": 1430,
+    "auto, IPv4 only": 1450,
+}
 """Of pods: that of the uplinks, less what VXLAN adds by IPv4 (50 bytes) or IPv6 (70) where it may be needed."""
 HEADERS = (28, 48)  # of a ping, by family
 NARROW = 1400
@@ -32,7 +47,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def it(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """Yield a cluster of each kind. Only with `direct` does the router know the way to pods."""
-    routing = kind.split()[0]
+    routing = re.split("[ ,]", kind)[0]
     with (
         nodes(tmp_path_factory.mktemp("mesh"), KINDS[kind], routing=routing) as made,
         ExitStack() as stack,
@@ -73,20 +88,18 @@ def test_world_to_pod(it: Mesh) -> None:
         it.check((it.world, pod, it.world) for pod in it.pods)
 
 
-@pytest.mark.parametrize("family", BOTH)
-def test_lanes(it: Mesh, kind: str, family: int) -> None:
+def test_lanes(it: Mesh, kind: str) -> None:
     """Packets take the lane of the configuration; with `auto`, the tunnel only where a router is between the nodes."""
-    for here, one in enumerate(it.pods):
-        for there, other in enumerate(it.pods):
-            if here == there:
-                continue
-            is_tunnel = kind == "vxlan" or (kind != "direct" and FAR in (here, there))
-            before = it.nodes.members[here].packets()
-            assert pings(one.netns, other.addresses[family], count=5)
-            after = it.nodes.members[here].packets()
+    for here, there in itertools.permutations(PLACES, 2):
+        one, node = it.pods[here], it.nodes.members[here]
+        is_tunnel = kind == "vxlan" or (kind != "direct" and FAR in (here, there))
+        for address in it.pods[there].addresses.values():
+            before = node.packets()
+            assert pings(one.netns, address, count=5)
+            after = node.packets()
             used = {name: after[name] - before[name] for name in ("fwd_uplink", "fwd_tunnel")}
-            assert (used["fwd_tunnel"] >= 5) == is_tunnel, f"{one.name} → {other.name}: {used}"
-            assert (used["fwd_uplink"] >= 5) != is_tunnel, f"{one.name} → {other.name}: {used}"
+            assert (used["fwd_tunnel"] >= 5) == is_tunnel, f"{one.name} → {address}: {used}"
+            assert (used["fwd_uplink"] >= 5) != is_tunnel, f"{one.name} → {address}: {used}"
 
 
 def mtu_of(party: Party, device: str = "eth0") -> int:
@@ -116,9 +129,14 @@ def test_ping_of_any_size(it: Mesh, kind: str) -> None:
     assert lost == []
 
 
-@pytest.mark.parametrize("family", BOTH)
-def test_bulk(it: Mesh, family: int) -> None:
+def test_bulk(it: Mesh) -> None:
     """Megabytes arrive as they were sent, in large (GSO) packets: few for their size, and none too big."""
+    for family in it.nodes.families.pods:
+        assert_bulk(it, family)
+
+
+def assert_bulk(it: Mesh, family: int) -> None:
+    """Assert it for a family."""
     first, second, far = it.pods
     before = [member.packets() for member in it.nodes.members]
     for one, other in ((first, second), (second, first), (first, far), (far, first)):
@@ -131,15 +149,15 @@ def test_bulk(it: Mesh, family: int) -> None:
         assert sum(grown.values()) < (32 << 20) / 1500, grown
 
 
-@pytest.mark.parametrize("family", BOTH)
-def test_narrow_link(it: Mesh, family: int) -> None:
+def test_narrow_link(it: Mesh) -> None:
     """Where the link to a node takes less than all others, both ends learn it, and all that is sent arrives."""
     first, _, far = it.pods
     host = it.hosts[FAR]
-    with narrowed(it):
-        for one, other in ((first, far), (far, first), (first, host), (host, first)):
-            if family in one.addresses.keys() & other.addresses.keys():
-                assert_moved(one, other, family)
+    for family in it.nodes.families.pods:
+        with narrowed(it):
+            for one, other in ((first, far), (far, first), (first, host), (host, first)):
+                if family in one.addresses.keys() & other.addresses.keys():
+                    assert_moved(one, other, family)
 
 
 @contextmanager
@@ -153,7 +171,7 @@ def narrowed(it: Mesh) -> Iterator[None]:
         return all(
             pings(one.netns, other.addresses[family], "-M", "do", "-s", str(mtu_of(one) - HEADERS[family]), count=1)
             for one, other in ((first, far), (far, first))
-            for family in BOTH
+            for family in it.nodes.families.pods
         )
 
     try:
@@ -163,19 +181,24 @@ def narrowed(it: Mesh) -> Iterator[None]:
         it.nodes.members[FIRST].wait_for(is_forgotten, "the narrow link to be forgotten")
 
 
-@pytest.mark.parametrize("family", BOTH)
-def test_pod_too_large(it: Mesh, kind: str, family: int) -> None:
+def test_pod_too_large(it: Mesh, kind: str) -> None:
     """Pods whose MTU is larger than the lane's, as after a change of routing, are told by their node what fits."""
     if kind == "direct":
         pytest.skip("there is nothing that takes less than the uplinks")
+    for family in it.nodes.families.pods:
+        with widened(it, FIRST), widened(it, FAR):
+            assert_told(it, kind, family)
+
+
+def assert_told(it: Mesh, kind: str, family: int) -> None:
+    """Assert that the pods of the first and the far node are told what fits."""
     first, _, far = it.pods
-    with widened(it, FIRST), widened(it, FAR):
-        ping = ("ping", "-c", "1", "-W", "1", "-M", "do", "-s", "1452", far.addresses[family])
-        refused = first.netns.run(*ping, check=False).stdout
-        assert re.search(rf"mtu ?= ?{MTU[kind]}", refused), refused
-        forget_mtu(first.netns)
-        assert_moved(first, far, family)
-        assert_moved(far, first, family)
+    ping = ("ping", "-c", "1", "-W", "1", "-M", "do", "-s", "1452", far.addresses[family])
+    refused = first.netns.run(*ping, check=False).stdout
+    assert re.search(rf"mtu ?= ?{MTU[kind]}", refused), refused
+    forget_mtu(first.netns)
+    assert_moved(first, far, family)
+    assert_moved(far, first, family)
 
 
 def assert_moved(one: Party, other: Party, family: int) -> None:

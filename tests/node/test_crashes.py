@@ -22,6 +22,7 @@ import pytest
 from tests.node.forked import start_doomed
 from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
 from tests.node.programs import wait_settled
+from tests.node.steps import labels
 
 SEED = 20
 DELETES_AT_ONCE, DELETES_LATER, NEVER_DELETES = RUNTIMES = ("at-once", "later", "never")
@@ -135,10 +136,9 @@ class Crashes:
             assert self.status(network).exit_code == 0
         self.delete("counted", network)
         log = self.node.log.read_text()[start:]
-        labels = re.findall(r"^die_at: step=\d+ is '(.*)'$", log, re.MULTILINE)
         self.node.kill_agent()
-        chosen = which.choose(labels)
-        print(f"{command} on {network.name}: {len(chosen)} of {len(labels)} steps")
+        chosen = which.choose(labels(log))
+        print(f"{command} on {network.name}: {len(chosen)} of {len(labels(log))} steps")
         return chosen
 
     def finish_off(self) -> None:

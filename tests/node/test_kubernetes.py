@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.node.api.node import Node, api_node
 from tests.node.api.objects import make_node
-from tests.node.api.server import ApiServer
 from tests.node.echo import UDP, bound
-from tests.node.machine import Machine
 from tests.node.verbs import add, assert_refused
 
 V4, V6 = "10.77.0.0/24", "fd00:77::/64"
@@ -20,53 +18,10 @@ PAGE_KB = 3 * 2500  # one of 100 Nodes, as it comes in pieces, as a whole, and b
 TAINT = {"key": "podlane.io/agent-not-ready", "effect": "NoSchedule"}
 
 
-class Node(Machine):
-    """A machine with an API server."""
-
-    api: ApiServer
-
-    def add_api(self) -> None:
-        """Give it an API server that has no Nodes yet, and tell the agent."""
-        (self.directory / "api").mkdir()
-        self.api = ApiServer(self.directory / "api", self.netns)
-        self._stack.callback(self.api.stop)
-        kubeconfig = self.api.write_kubeconfig()
-        self.configure(node_name="n", kubernetes={"kubeconfig": str(kubeconfig)})
-
-    def register(self, *cidrs: str, age: int = 0) -> None:
-        """Write the node's own Node."""
-        self.api.objects.put(make_node("n", cidrs, ["192.0.2.10", "2001:db8::10"], age=age))
-
-    def status(self) -> tuple[int, str]:
-        """Return the code and the reason that STATUS gives; 0 if all is well."""
-        outcome = self.cni("STATUS", ifname="")
-        return (outcome.json()["code"], outcome.json()["details"]) if outcome.exit_code else (0, "")
-
-    @property
-    def network_unavailable(self) -> str:
-        """What the API server has of that condition; empty if nothing."""
-        conditions = self.api.objects.get("n")["status"]["conditions"]
-        return next((str(each["status"]) for each in conditions if each["type"] == "NetworkUnavailable"), "")
-
-    @property
-    def conflist(self) -> Path:
-        """Where the CNI configuration is once the node is ready."""
-        return self.directory / "conf" / "10-podlane.conflist"
-
-    def native(self) -> set[str]:
-        """Return the subnets that are unreachable but for pods: the node's own."""
-        routes = (self.netns.run("ip", family, "route", "show", "proto", "112").stdout for family in ("-4", "-6"))
-        return {line.split()[1] for text in routes for line in text.splitlines() if line.startswith("unreachable")}
-
-
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     """Make a machine whose API server is up; the agent is not."""
-    with ExitStack() as stack:
-        it = Node(tmp_path, stack)
-        it.add_uplink()
-        it.add_api()
-        it.api.start()
+    with api_node(tmp_path) as it:
         yield it
 
 
@@ -142,17 +97,32 @@ def test_an_outage_concerns_no_pod(node: Node) -> None:
 
 @pytest.mark.parametrize("is_silent", [False, True])
 def test_a_reboot_during_an_outage(node: Node, is_silent: bool) -> None:
-    """A node whose first start was long ago serves pods after a reboot, though the API server is away, or is silent."""
+    """A node whose first start was long ago serves pods after a reboot, though the API server is away, or is silent.
+
+    It also knows the ways to other nodes.
+    """
     node.register(V4, V6)
+    for name, address, cidr in (("near", "192.0.2.1", "10.80.0.0/24"), ("far", "203.0.113.1", "10.81.0.0/24")):
+        node.api.objects.put(make_node(name, [cidr], [address]))
     node.start_agent()
+    node.wait_for(lambda: "10.81.0.0/24" in ways(node), "the ways to other nodes")
+    before = ways(node)
     node.stop_agent()
     if is_silent:
         node.api.faults.frozen = True
     else:
         node.api.stop()
     (node.directory / "state" / "ipam.db").unlink()
+    node.netns.run("ip", "link", "delete", "podlane.vx")
+    node.netns.run("ip", "route", "flush", "proto", "112")
     node.start_agent()
+    assert ways(node) == before
     assert node.make_pod("a").addresses == ["10.77.0.1", "fd00:77::1"]
+
+
+def ways(node: Node) -> str:
+    """Return the IPv4 routes that are podlane's."""
+    return node.netns.run("ip", "route", "show", "proto", "112").stdout
 
 
 def test_a_first_start_during_an_outage(node: Node) -> None:

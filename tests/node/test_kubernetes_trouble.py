@@ -10,6 +10,7 @@ import pytest
 from agent.kubernetes import Api, ApiError
 from tests.node.api.followers import Following, numbered
 from tests.node.api.server import ApiServer
+from tests.node.machine import run
 
 
 def test_a_forgotten_version_leads_to_a_new_list(server: ApiServer, following: Following) -> None:
@@ -81,6 +82,26 @@ def test_an_unwell_server(server: ApiServer, code: int) -> None:
     it.wait_until_known("node-000", "node-001", "node-002", "node-007")
     assert len([each for each in server.requests("LIST") if each.status == 200]) == 1
     it.source.stop()
+
+
+def test_a_watch_that_fails_by_and_by(server: ApiServer, following: Following) -> None:
+    """A watch that began well and ends by an error (other than 410) is told of, and goes on where it was."""
+    server.faults.errors.append(500)
+    server.break_watches()
+    following.wait_for(lambda: "500 etcdserver: leader changed" in following.source.trouble, "the trouble")
+    server.objects.put(numbered(7))
+    following.wait_until_known("node-000", "node-001", "node-002", "node-007")
+    assert len(server.requests("LIST")) == 1
+    assert not following.source.trouble
+
+
+def test_a_server_that_goes_without_a_word_is_found_out(server: ApiServer, following: Following) -> None:
+    """The kernel asks after the other end of a watch that is silent."""
+    following.wait_for(lambda: server.watches, "the watch")
+    port = server.url.rpartition(":")[2]
+    sockets = run("ss", "-tnoH", "state", "established", f"dport = :{port}").stdout.splitlines()
+    assert sockets
+    assert all("timer:(keepalive," in each for each in sockets), sockets
 
 
 def test_a_slow_server(server: ApiServer) -> None:

@@ -117,6 +117,14 @@ class TestDevice:
         assert "UDP port 4789 is in use, by the device other: " in str(failures[NAME])
         assert netlink.index(NAME) is None
 
+    def test_its_maker_was_killed(self, table: netlink.TunnelDeviceTable) -> None:
+        """A device that was made, and no more, when an agent was killed is podlane's, and not yet as it should be."""
+        run(f"ip link add {NAME} address {HOST_MAC} type vxlan external nolearning dstport 4789")
+        assert not table.read()[NAME].sound
+        assert netlink.own_devices()[-1] == NAME
+        assert table.upsert({NAME: DEVICE}) == {}
+        assert table.read() == {NAME: DEVICE}
+
     def test_others_are_left_alone(self, table: netlink.TunnelDeviceTable) -> None:
         """A device of that name that is not podlane's is neither used nor changed."""
         run(f"ip link add {NAME} type vxlan external")

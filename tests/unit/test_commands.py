@@ -64,9 +64,9 @@ class RecordingNode:
         self._record("connect", call.attachment, request.stdin, netns)
         return RESULT
 
-    def commit(self, attachment: Attachment, result: Result) -> None:
+    def commit(self, call: Call, result: Result) -> None:
         """Record."""
-        self._record("commit", attachment, result)
+        self._record("commit", call.attachment, result)
 
     def release(self, attachment: Attachment, request: Request | None = None) -> None:
         """Record."""

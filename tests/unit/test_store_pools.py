@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -339,3 +341,25 @@ def test_ranges_change_while_the_store_is_in_use(store: Store) -> None:
     with pytest.raises(RangeExhausted):
         reserve(store, attachment("none"))
     assert len(store.pods()) == 2
+
+
+@pytest.mark.parametrize(
+    ("ranges", "is_right"),
+    [
+        (("10.0.0.0/24", "fd00::/64"), True),  # grown: what was given is of it
+        (("10.9.0.0/24", "fd00::/126"), False),
+        (("10.0.0.0/29", "fd99::/64"), False),
+        (("10.0.0.0/29",), False),
+        ((), False),
+    ],
+)
+def test_ranges_change_during_an_add(store: Store, ranges: Sequence[str], is_right: bool) -> None:
+    """Only who has one address of each of the ranges that there are now becomes active; for others nothing changes."""
+    pod = reserve(store, attachment("a"))
+    store.set_ranges([Range.of(ip_network(each)) for each in ranges])
+    if is_right:
+        assert store.activate(pod.attachment, own=pod.addresses)
+    else:
+        with pytest.raises(AddressNotInRange, match=re.escape("10.0.0.1, fd00::1 (allowed is by now one of each")):
+            store.activate(pod.attachment, own=pod.addresses)
+    assert [each.phase for each in store.pods()] == [Phase.ACTIVE if is_right else Phase.RESERVED]

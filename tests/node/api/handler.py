@@ -35,6 +35,8 @@ class Faults:
 
     refusals: deque[int] = field(default_factory=deque)
     """HTTP statuses that the next requests get, one each."""
+    errors: deque[int] = field(default_factory=deque)
+    """HTTP statuses of the events of type ERROR by which the next watches end, one each."""
     cuts: deque[int] = field(default_factory=deque)
     """For the next replies, one each: the number of bytes after which the connection breaks."""
     pause: float = 0.0
@@ -43,6 +45,11 @@ class Faults:
     """Requests are accepted and never answered."""
     before: Callable[[str, dict[str, str]], None] = lambda _verb, _query: None
     """Called with each request's verb and query before it is answered."""
+
+    def check_watch(self) -> None:
+        """Check that a watch does not end by an error. Raises Refusal."""
+        if self.errors:
+            raise Refusal(self.errors.popleft(), "InternalError", "etcdserver: leader changed")
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         version, generation, bookmarks = int(query["resourceVersion"]), api.generation, api.bookmarks
         try:
             api.objects.check(version)
+            api.faults.check_watch()
         except Refusal as refusal:
             self._send("ERROR", refusal.status())
             return
