@@ -67,6 +67,7 @@ test-node: ready ## Run agent and launcher in network namespaces
 test-e2e: ready ## Run pods in containerd
 	$(PYTEST) tests/e2e
 
+# Its other variables (API_STOP=…, README.md lists them) reach the tests by themselves: make exports what it is given.
 .PHONY: test-kubernetes
 test-kubernetes: setup ## Test podlane on the cluster of KUBECONFIG=…, which runs it already
 	@[ -n "$(KUBECONFIG)" ] || { echo "give KUBECONFIG=…, of a cluster that runs podlane"; exit 2; }

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pytest
+
 Document: TypeAlias = dict[str, Any]
 
 SYSTEM = "kube-system"
 PODLANE = "app.kubernetes.io/name=podlane"
-_SCRIPT = Path(__file__).with_name("peer.py")
+SCRIPT = Path(__file__).with_name("peer.py")
+APPS = ("one", "other", "host")
 PORT, HOST_PORT = 8080, 18080
 
 
@@ -108,6 +111,47 @@ class Cluster:
         items: list[Document] = self.get("-n", SYSTEM, "pods", "-l", PODLANE)["items"]
         return items
 
+    def worker(self) -> str:
+        """Return the node whose end does the least harm: the last one that has no part of the control plane.
+
+        Skips the test if there is none beside another node.
+        """
+        roles = {f"node-role.kubernetes.io/{role}" for role in ("control-plane", "master")}
+        nodes = [node["metadata"] for node in self.get("nodes")["items"]]
+        workers = [node["name"] for node in nodes if not roles & set(node.get("labels", {}))]
+        if len(nodes) < 2 or not workers:
+            pytest.skip("needs two nodes, one of them without a part of the control plane")
+        return str(max(workers))
+
+    def containers(self, node: str) -> dict[str, str]:
+        """Return the ids of the agent's container and of the peers' on a node, of those that are ready."""
+        peers = self.get("-n", self.namespace, "pods", "-l", f"app in ({','.join(APPS)})")["items"]
+        return {
+            pod["metadata"]["labels"].get("app", "podlane"): container["containerID"]
+            for pod in (*self.podlane_pods(), *peers)
+            if pod["spec"].get("nodeName") == node and "deletionTimestamp" not in pod["metadata"]
+            for container in pod["status"].get("containerStatuses", [])
+            if container["ready"]
+        }
+
+    def wait_restarted(self, node: str, before: Mapping[str, str]) -> None:
+        """Wait until the agent and the peers of a node are ready, none of them in the container of before."""
+
+        def all_anew() -> bool:
+            now = self.containers(node)
+            return set(now) == {*APPS, "podlane"} and not set(now.values()) & set(before.values())
+
+        self.wait(all_anew, f"agent and pods of {node}", 300)
+
+    def wait_peers(self) -> None:
+        """Wait until there are the tests' pods on every node, ready."""
+        for app in APPS:
+            self.kubectl("-n", self.namespace, "rollout", "status", f"daemonset/{app}", "--timeout=120s")
+
+    def is_up(self) -> bool:
+        """Tell whether the API server answers."""
+        return self.kubectl("get", "--raw", "/readyz", "--request-timeout=5s", check=False) == "ok"
+
     def wait_rolled_out(self) -> None:
         """Wait until podlane's agents are what their DaemonSet says, and ready."""
         for daemonset in self.get("-n", SYSTEM, "daemonsets", "-l", PODLANE)["items"]:
@@ -175,5 +219,5 @@ def script(namespace: str) -> Document:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": "peer", "namespace": namespace},
-        "data": {"peer.py": _SCRIPT.read_text()},
+        "data": {"peer.py": SCRIPT.read_text()},
     }

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kubernetes.cluster import SYSTEM, Cluster, daemonset, script, service
+from tests.kubernetes.caller import Caller
+from tests.kubernetes.cluster import APPS, SYSTEM, Cluster, daemonset, script, service
 
 _KUBECONFIG = os.environ.get("PODLANE_TEST_KUBECONFIG", "")
 collect_ignore_glob = [] if _KUBECONFIG else ["test_*.py"]
 
-APPS = ("one", "other", "host")
+
+@pytest.fixture(scope="session")
+def caller() -> Caller:
+    """Return what the caller of the tests can do to the cluster."""
+    return Caller(os.environ)
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +30,7 @@ def cluster() -> Iterator[Cluster]:
         namespace = cluster.namespace
         cluster.apply(script(namespace), *(daemonset(namespace, app, cluster.image) for app in APPS))
         cluster.apply(service(namespace, "one", {"app": "one"}))
-        for app in APPS:
-            cluster.kubectl("-n", namespace, "rollout", "status", f"daemonset/{app}", "--timeout=120s")
+        cluster.wait_peers()
         yield cluster
     except AssertionError:
         print(cluster.kubectl("-n", SYSTEM, "logs", "-l", "app.kubernetes.io/name=podlane", "--tail=20", check=False))

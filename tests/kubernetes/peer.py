@@ -2,9 +2,11 @@
 
     python3 peer.py serve PORT          answers on PORT, by TCP (HTTP) and UDP
     python3 peer.py ask PORT REQUESTS   has the server of this pod do what a JSON list asks for; prints the answers
+    python3 peer.py call REQUESTS       does it itself, without a server
 
-A request is {"kind": "tcp" | "udp" | "ping" | "bytes", "address": …, "port": …, "count": …} or {"kind": "watch", …},
-which begins something that goes on until {"kind": "report"}: one connection that is to last, and new ones all the time.
+A request is {"kind": "tcp" | "udp" | "ping" | "bytes" | "source", "address": …, "port": …, "count": …} or, for servers,
+{"kind": "watch", …}, which begins something that goes on until {"kind": "report"}: one connection that is to last, and
+new ones and datagrams all the time.
 """
 
 from __future__ import annotations
@@ -36,15 +38,15 @@ def content(count: int) -> Iterator[bytes]:
 
 
 class Watch:
-    """One connection on which a line comes every 50 ms, and new connections all the while; counts what goes wrong."""
+    """One connection with a line every 50 ms, new ones and datagrams all the while; counts what goes wrong."""
 
     def __init__(self, address: str, port: int) -> None:
         self.target = f"{address}:{port}"
-        self.lines = self.asked = 0
+        self.lines = self.asked = self.datagrams = 0
         self.faults: list[str] = []
         self._address, self._port = address, port
         self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._knock)]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._knock, self._send)]
         for thread in self._threads:
             thread.start()
 
@@ -53,7 +55,8 @@ class Watch:
         self._stopped.set()
         for thread in self._threads:
             thread.join(SECONDS)
-        return {"target": self.target, "lines": self.lines, "asked": self.asked, "faults": self.faults[:5]}
+        counts = {"lines": self.lines, "asked": self.asked, "datagrams": self.datagrams}
+        return {"target": self.target, **counts, "faults": self.faults[:5]}
 
     def _read(self) -> None:
         try:
@@ -73,6 +76,19 @@ class Watch:
                 self.asked += 1
             except OSError as error:
                 self.faults.append(f"connection {self.asked}: {error!r}")
+
+    def _send(self) -> None:
+        """Of one flow of datagrams none may be lost: what TCP would send again shows here."""
+        with socket.socket(_family(self._address), socket.SOCK_DGRAM) as asker:
+            asker.settimeout(SECONDS)
+            asker.connect((self._address, self._port))
+            while not self._stopped.wait(_LINE_SECONDS):
+                try:
+                    asker.send(b"who")
+                    asker.recv(2048)
+                    self.datagrams += 1
+                except OSError as error:
+                    self.faults.append(f"datagram {self.datagrams}: {error!r}")
 
 
 class Server(ThreadingHTTPServer):
@@ -125,22 +141,27 @@ class Answer(BaseHTTPRequestHandler):
             time.sleep(_LINE_SECONDS)
 
     def _carry_out(self, request: Document) -> Document:
-        kind, address, port = request["kind"], request.get("address", ""), request.get("port", 0)
-        try:
-            if kind == "watch":
-                self.server.watches.append(Watch(address, port))
-                return {}
-            if kind == "report":
-                watches, self.server.watches = self.server.watches, []
-                return {"watches": [watch.stop() for watch in watches]}
-            if kind == "bytes":
-                return fetch(address, port, request["count"])
-            return {"tcp": tcp, "udp": udp, "ping": ping}[kind](address, port)
-        except OSError as error:
-            return {"error": repr(error)}
+        if request["kind"] == "watch":
+            self.server.watches.append(Watch(request["address"], request["port"]))
+            return {}
+        if request["kind"] == "report":
+            watches, self.server.watches = self.server.watches, []
+            return {"watches": [watch.stop() for watch in watches]}
+        return carry_out(request)
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+
+def carry_out(request: Document) -> Document:
+    """Do what one request asks for; return the answer."""
+    kind, address, port = request["kind"], request["address"], request.get("port", 0)
+    try:
+        if kind == "bytes":
+            return fetch(address, port, request["count"])
+        return {"tcp": tcp, "udp": udp, "ping": ping, "source": source}[kind](address, port)
+    except OSError as error:
+        return {"error": repr(error)}
 
 
 def who(client: str) -> bytes:
@@ -183,6 +204,13 @@ def ping(address: str, _: int) -> Document:
                 return {"client": sender}
 
 
+def source(address: str, port: int) -> Document:
+    """Tell the own address that leads there."""
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as asker:
+        asker.connect((address, port))
+        return {"client": asker.getsockname()[0]}
+
+
 def fetch(address: str, port: int, count: int) -> Document:
     """Fetch so many bytes, and compare them; tell how long it took."""
     begin = time.monotonic()
@@ -214,7 +242,10 @@ def serve_udp(port: int) -> None:
 
 
 def main() -> None:
-    """Serve, or ask the server of this pod."""
+    """Serve, ask the server of this pod, or call."""
+    if sys.argv[1] == "call":
+        print(json.dumps([carry_out(request) for request in json.loads(sys.argv[2])]))
+        return
     port = int(sys.argv[2])
     if sys.argv[1] == "serve":
         threading.Thread(target=serve_udp, args=(port,), daemon=True).start()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kubernetes.cluster import SYSTEM, Cluster, Document, Peer
+from tests.kubernetes.cluster import SYSTEM, Cluster
+from tests.kubernetes.watching import assert_undisturbed, watch
 from tests.manifests import FOLDER, find, render
 
 pytestmark = pytest.mark.timeout(600)  # for clusters that are slower than the tests' own
@@ -93,28 +94,3 @@ def _may(cluster: Cluster, verb: str, resource: str) -> bool:
 def names(cluster: Cluster) -> set[str]:
     """Return the names of podlane's pods."""
     return {pod["metadata"]["name"] for pod in cluster.podlane_pods()}
-
-
-def askers(cluster: Cluster) -> list[Peer]:
-    """Return those who watch: on each node a pod, and one in the node's network."""
-    return [*cluster.peers("one"), *cluster.peers("host")]
-
-
-def watch(cluster: Cluster) -> None:
-    """Have them watch all pods, and a service."""
-    address = cluster.get("-n", cluster.namespace, "service", "one")["spec"]["clusterIP"]
-    requests: list[Document] = [peer.target("watch") for peer in cluster.peers("other")]
-    requests.append({"kind": "watch", "address": address, "port": 80})
-    for asker in askers(cluster):
-        cluster.ask(asker, requests)
-
-
-def assert_undisturbed(cluster: Cluster) -> None:
-    """End what `watch` began: nothing may have gone wrong, and something must have gone on."""
-    for asker in askers(cluster):
-        (report,) = cluster.ask(asker, [{"kind": "report"}])
-        assert report["watches"]
-        for seen in report["watches"]:
-            assert seen["faults"] == [], (asker, seen)
-            assert seen["lines"] > 20, (asker, seen)
-            assert seen["asked"] > 20, (asker, seen)

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from tests.kubernetes.cluster import Cluster, Document, Peer, service
+from tests.kubernetes.cluster import Cluster, Document, service
+from tests.kubernetes.reach import meet, pods
 
 pytestmark = pytest.mark.timeout(600)  # for clusters that are slower than the tests' own
 
 _LARGE = 64 << 20  # bytes
-
-
-def pods(cluster: Cluster) -> list[Peer]:
-    """Return all pods that have an address of their own."""
-    return [*cluster.peers("one"), *cluster.peers("other")]
-
-
-def meet(cluster: Cluster, askers: Sequence[Peer], asked: Sequence[Peer], kind: str) -> list[Document]:
-    """Have everybody ask everybody else; return what went wrong, and who was seen under a name not its own."""
-    wrong = []
-    for asker in askers:
-        others = [peer for peer in asked if peer != asker]
-        for peer, answer in zip(others, cluster.ask(asker, [peer.target(kind) for peer in others]), strict=True):
-            wanted = {"client": peer.address} if kind == "ping" else _expected(asker, peer)
-            if wanted != {key: answer.get(key) for key in wanted}:
-                wrong.append({"asker": asker, "asked": peer, "kind": kind, "answer": answer, "wanted": wanted})
-    return wrong
-
-
-def _expected(asker: Peer, asked: Peer) -> Document:
-    """Return the right answer. A pod is seen under its own address; what a node is seen under depends on the way."""
-    name = asked.node if asked.app == "host" else asked.name
-    return {"name": name} if asker.app == "host" else {"name": name, "client": asker.address}
 
 
 @pytest.mark.parametrize("kind", ["tcp", "udp", "ping"])

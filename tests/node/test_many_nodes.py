@@ -26,7 +26,7 @@ from agent.state import Address, Lanes, PeerRoute, Prefix
 from tests.node.api.objects import Object, make_node
 from tests.node.api.server import ApiServer
 from tests.node.machine import pings
-from tests.node.nodes import FAR, FIRST, SECOND, Member, Nodes
+from tests.node.nodes import DUAL, FAR, FIRST, SECOND, Member, Nodes
 from tests.node.traffic import lossless_traffic
 from tests.support import ROOT
 
@@ -184,7 +184,7 @@ class Place:
 def place(tmp_path: Path) -> Iterator[Place]:
     """Make the cluster; its agents are ready."""
     with ExitStack() as stack:
-        nodes = Nodes(tmp_path, stack)
+        nodes = Nodes(tmp_path, stack, DUAL)
         nodes.tell()
         first = nodes.members[FIRST]
         (tmp_path / "api").mkdir()
