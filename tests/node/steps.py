@@ -25,7 +25,7 @@ from agent.datapath import libbpf
 from agent.datapath.maps import Map
 from agent.following import Following
 from agent.hooks import StagedHooks
-from agent.netlink.channel import ask, dump
+from agent.netlink.channel import ask, dump_by
 from agent.store import Store
 from cni.commands import handle
 from cni.wire import reply
@@ -42,7 +42,7 @@ _BPF_CALLS = (
 )
 _ARRIVAL, _REPLY, _SETTLE = handle.__code__, reply.__code__, StagedHooks.settle.__code__
 _REPORT = Following._take.__code__
-_READS = {function.__code__ for function in (ask, dump, Store.pods, pods.find, pods.find_all)}
+_READS = {function.__code__ for function in (ask, dump_by, Store.pods, pods.find, pods.find_all)}
 # Threads that change nothing. Python 3.11 crashes, collecting garbage, if the first one is profiled as it reads YAML.
 _BYSTANDERS = {"herald", "nodes-watch"}
 _STEPS = {_REPLY, *(function.__code__ for function in _BPF_CALLS)}
