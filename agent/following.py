@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from ipaddress import ip_address
@@ -17,9 +17,11 @@ from agent.kubernetes import Api, ApiError, Herald, NodeSource, tell_once
 from agent.listed import ListedNodes
 from agent.membership import Membership
 from agent.metrics import Metrics
+from agent.pods import Pod
 from agent.ranges import Range
 from agent.readiness import Readiness
 from agent.remembered import NAME, Remembered
+from agent.state import Address, Network
 from agent.store import Store
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Following:
             connect=connect,
             node=self._config.node_name,
             own=lambda: source.own,
-            is_ready=lambda: not self._readiness.reason,
+            is_ready=lambda: not self._readiness.unwell,
             cut_off=lambda: self._readiness.cut_off,
             troubles=self._troubles,
             startup_taint=settings.startup_taint,
@@ -130,11 +132,33 @@ class Following:
         """Return what needs a person, by the reason of its event."""
         troubles = {"DatapathFailed": self._readiness.unproved}
         troubles["PodCIDRConflict"] = self._readiness.refused()
+        troubles["PodsOutsidePodCIDR"] = outsiders(self._store.pods(), self.membership.cluster.own)
         troubles["PodCIDRRefused"] = "; ".join(f"node {name}: {why}" for name, why in sorted(self._refused().items()))
         if missing := self._readiness.no_tunnel():
             troubles["TunnelUnavailable"] = self._readiness.cut_off or f"no node needs the tunnel now, but {missing}"
         troubles["UnknownServices"] = unknown_services(self._config, os.environ)
         return {reason: message for reason, message in troubles.items() if message}
+
+
+def outsiders(pods: Iterable[Pod], own: ClusterNode | None) -> str:
+    """Say which pods have an address that the node's pod CIDRs no longer have, as when its Node was made anew; or "".
+
+    Only of pods with addresses from the agent's own ranges: what another range was asked for is its owner's business.
+    """
+    cidrs = own.pod_cidrs if own else ()
+    outside = [pod for pod in pods if not pod.subnets and any(not _is_in(each, cidrs) for each in pod.addresses)]
+    if not cidrs or not outside:
+        return ""
+    first, known = outside[0], ", ".join(map(str, cidrs))
+    return (
+        f"other nodes do not reach pods whose addresses are not in this node's pod CIDRs ({known}): "
+        f"delete them, so that they are made again; {len(outside)} in all, the first is "
+        f"{first.pod_name or first.attachment} ({', '.join(map(str, first.addresses))})"
+    )
+
+
+def _is_in(address: Address, cidrs: Iterable[Network]) -> bool:
+    return any(address in each for each in cidrs)
 
 
 def unknown_services(config: Config, environment: Mapping[str, str]) -> str:

@@ -42,9 +42,14 @@ class Readiness:
         return self.unproved or self.trouble() or self.cut_off
 
     @property
+    def unwell(self) -> str:
+        """Why ADD could not be served now if there were addresses; empty if it could."""
+        return self.limited or self.refused() or self.unaddressed() or self.uninstalled
+
+    @property
     def reason(self) -> str:
         """Why the node is not ready; empty if it is."""
         try:
-            return self.limited or self.refused() or self.unaddressed() or self.uninstalled or self.exhausted()
+            return self.unwell or self.exhausted()
         except StoreError as error:
             return str(error)

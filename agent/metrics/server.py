@@ -75,7 +75,8 @@ class _QuietHandler(WSGIRequestHandler):
 def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WSGIServer:
     """Serve /metrics, /healthz and /readyz on "host:port" or "[host]:port" (IPv6), in a thread. Raises OSError.
 
-    "*:port" is all addresses of both families. `shutdown()` ends the server.
+    "*:port" is all addresses of both families. "/readyz?exclude=exhausted" is for who waits for a node to work, as a
+    rolling update does: it says yes though all addresses are in use. `shutdown()` ends the server.
     """
     metrics_app = make_wsgi_app(registry)
 
@@ -86,7 +87,7 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
         if path == "/healthz":
             return _answer(start_response, "200 OK", "ok")
         if path == "/readyz":
-            reason = readiness.reason
+            reason = readiness.unwell if environ["QUERY_STRING"] == "exclude=exhausted" else readiness.reason
             return _answer(start_response, "503 Service Unavailable" if reason else "200 OK", reason or "ready")
         return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
 

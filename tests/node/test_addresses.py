@@ -84,7 +84,10 @@ def test_addresses_are_used_in_turn(tmp_path: Path, netns: Netns) -> None:
 
 
 def test_not_ready_while_exhausted(tmp_path: Path) -> None:
-    """While an ADD could not be served, STATUS, probe and metric say so, also after a restart; a DEL ends it."""
+    """While an ADD could not be served, STATUS, probe and metric say so, also after a restart; a DEL ends it.
+
+    The probe of those who only wait for the node to work, as a rolling update does, says that it works.
+    """
     with ready_node(tmp_path, "10.9.0.0/30") as node:
         a = node.make_pod("a")
         assert node.cni("STATUS").exit_code == 0
@@ -111,6 +114,7 @@ def assert_not_ready(node: Machine, word: str) -> None:
     assert word in reason
     assert node.metrics()["podlane_ready", ()] == 0
     assert node.get("/healthz")[0] == 200
+    assert node.get("/readyz?exclude=exhausted")[0] == 200
 
 
 def shown(pod: TestPod) -> dict[str, list[str]]:

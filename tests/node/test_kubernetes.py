@@ -68,6 +68,7 @@ def test_a_new_pod_cidr(node: Node) -> None:
     node.wait_for(lambda: node.native() == {"10.78.0.0/24", "fd00:78::/64"}, "the new ranges")
     new = node.make_pod("new")
     assert new.addresses == ["10.78.0.1", "fd00:78::1"]
+    node.wait_for(lambda: "PodsOutsidePodCIDR" in str(node.api.objects.events), "an event about the old one")
     assert all(node.pings(old, each) for each in new.addresses)
     assert all(node.pings(new, each) for each in old.addresses)
     node.delete_pod(old)
