@@ -93,16 +93,22 @@ class Ways:
         changed = {each for each in paths.keys() | self._paths.keys() if paths.get(each) != self._paths.get(each)}
         ways: dict[str, Way] = {}
         for node in cluster.peers:
-            way = None if moved else self._peers.ways.get(node.name)
+            way = self._peers.ways.get(node.name)
             fits = way is not None and (way.node is node or way.node == node) and way.peer not in changed
-            ways[node.name] = way if way is not None and fits else self._way(place, node, paths)
+            ways[node.name] = way if way is not None and fits and not moved else self._way(place, node, paths, way)
         self._place, self._cluster, self._paths = place, cluster, paths
         self._peers = _together(place, ways)
         return self._peers
 
-    def _way(self, place: Place, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+    def _way(self, place: Place, node: ClusterNode, paths: Mapping[Address, int], before: Way | None) -> Way:
+        """Find a way, of what there is already: others hold the prefixes that it had before."""
         way = _way(place, self._covers, node, paths)
-        return replace(way, routes={prefix: self._routes.setdefault(each, each) for prefix, each in way.routes.items()})
+        had = {each: each for each in (before.prefixes if before else ())}
+        return replace(
+            way,
+            prefixes={had.setdefault(prefix, prefix): lanes for prefix, lanes in way.prefixes.items()},
+            routes={had[prefix]: self._routes.setdefault(each, each) for prefix, each in way.routes.items()},
+        )
 
 
 def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
