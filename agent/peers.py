@@ -46,13 +46,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """The way to one node: the lanes of each family, the routes to its pods, and the prefixes that are its own."""
+    """The way to one node: lanes and routes to its pods, of each family, and the prefixes that are its own."""
 
     node: ClusterNode
     peer: Address | None
     """The address at which it is called."""
     lanes: Mapping[int, Lane]
-    routes: Mapping[Prefix, PeerRoute]
+    routes: Mapping[int, PeerRoute]
     prefixes: Mapping[Prefix, Lanes]
 
 
@@ -73,7 +73,7 @@ class Ways:
     def __init__(self) -> None:
         self._place = Place("auto")
         self._covers = _Covers({})
-        self._routes: dict[PeerRoute, PeerRoute] = {}  # those by the tunnel are all alike
+        self._routes: dict[tuple[tuple[int, PeerRoute], ...], Mapping[int, PeerRoute]] = {}  # by the tunnel: all alike
         self._cluster: Cluster | None = None
         self._paths: Mapping[Address, int] = {}
         self._peers = Peers()
@@ -107,7 +107,7 @@ class Ways:
         return replace(
             way,
             prefixes={had.setdefault(prefix, prefix): lanes for prefix, lanes in way.prefixes.items()},
-            routes={had[prefix]: self._routes.setdefault(each, each) for prefix, each in way.routes.items()},
+            routes=self._routes.setdefault(tuple(way.routes.items()), way.routes),
         )
 
 
@@ -115,10 +115,11 @@ def _together(place: Place, ways: Mapping[str, Way]) -> Peers:
     routes: dict[Prefix, PeerRoute] = {}
     prefixes: dict[Prefix, Lanes] = {}
     for way in ways.values():
-        routes.update(way.routes)
         for prefix, lanes in way.prefixes.items():
             if prefix not in prefixes or _is_called_at(prefix, lanes):
                 prefixes[prefix] = lanes
+            if not lanes.node and (route := way.routes.get(prefix.version)):
+                routes[prefix] = route
     lanes_of = Counter(tuple(way.lanes.items()) for way in ways.values())
     counts: Counter[tuple[Lane, int]] = Counter()
     for each, count in lanes_of.items():
@@ -168,11 +169,8 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     peer, hops = _called(place, node), _hops(place, node)
     mtu = _narrower(place, peer, paths) if peer else 0
     lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
-    routes: dict[Prefix, PeerRoute] = {}
-    for cidr in node.pod_cidrs:
-        route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
-        if route is not None:
-            routes[Prefix.of(cidr)] = route
+    found = {version: _route(place, lanes[version], hops.get(version), version, mtu) for version in FAMILIES}
+    routes = {version: route for version, route in found.items() if route is not None}
     own = set(place.addresses)
     addresses = [ip_network(each) for each in node.addresses if each not in own]
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
@@ -181,7 +179,7 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     for networks, is_node in ((node.pod_cidrs, False), (addresses, True)):
         for network in networks:
             tunnel = tunnels[network.version]
-            found = Lanes(
+            its = Lanes(
                 native=True,
                 stack=covers[network].stack,
                 peer=peer,
@@ -189,7 +187,7 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
                 tunnel=tunnel,
                 mtu=mtu if tunnel else 0,
             )
-            prefixes[Prefix.of(network)] = same.setdefault(found, found)
+            prefixes[Prefix.of(network)] = same.setdefault(its, its)
     return Way(node, peer, lanes, routes, prefixes)
 
 
