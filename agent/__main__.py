@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import logging
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,9 @@ from agent.store import StoreError
 from agent.uninstall import UninstallFailed, UninstallRefused, uninstall
 
 log = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE = 256 * 1024  # bytes
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def main() -> None:
 
 def _run(config: Config, path: Path | None) -> None:
     set_up(config.log_level)
-    gc.freeze()  # the modules stay for ever: to look through them takes a collection 50 ms, in which no pod is served
+    _set_up_memory()
     stop = Stop()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -67,6 +71,15 @@ def _run(config: Config, path: Path | None) -> None:
         logging.shutdown()
         # Threads that still serve a launcher are cut off here, as by a crash, which the store is made for.
         os._exit(0)
+
+
+def _set_up_memory() -> None:
+    """Have the C library give large blocks back, and the collector leave alone what stays."""
+    # The tables of a large cluster are made anew with each of its changes. Left alone, the library keeps such blocks on
+    # its heap from the second time on (mallopt(3)), in pieces: 4 MB with 5,000 nodes. musl's has no such function.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    gc.freeze()  # the modules stay for ever: to look through them takes a collection 50 ms, in which no pod is served
 
 
 def _import(config: Config, arguments: argparse.Namespace) -> None:

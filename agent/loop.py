@@ -283,7 +283,10 @@ class Loop:
         pods = [*self._store.pods(), *self._guests]
         before, macs, queued = self._known, self._inside.macs, self._inside.queued
         reading = Reading.ALL if before is None else reading
+        uplinks = self._outside.uplinks
         self._outside = self._ask_outside(reading is Reading.ALL)
+        if self._outside.uplinks != uplinks:
+            self._many_due = time.monotonic()  # with a device that was down, the kernel has dropped its routes
         if reading:
             macs, queued = self._upkeep.begin(pods), self._devices.queued()
             self._known = self._read(before, reading)

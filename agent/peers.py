@@ -46,13 +46,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """The way to one node: the lanes of each family, the routes to its pods, and the prefixes that are its own."""
+    """The way to one node: lanes and routes to its pods, of each family, and the prefixes that are its own."""
 
     node: ClusterNode
     peer: Address | None
     """The address at which it is called."""
     lanes: Mapping[int, Lane]
-    routes: Mapping[Prefix, PeerRoute]
+    routes: Mapping[int, PeerRoute]
     prefixes: Mapping[Prefix, Lanes]
     refused: str = ""
     """Which of its pod CIDRs are not reached, and why; empty if all are."""
@@ -79,7 +79,7 @@ class Ways:
     def __init__(self) -> None:
         self._place = Place("auto")
         self._covers = _Covers({})
-        self._routes: dict[PeerRoute, PeerRoute] = {}  # those by the tunnel are all alike
+        self._routes: dict[tuple[tuple[int, PeerRoute], ...], Mapping[int, PeerRoute]] = {}  # by the tunnel: all alike
         self._cluster: Cluster | None = None
         self._paths: Mapping[Address, int] = {}
         self._peers = Peers()
@@ -99,26 +99,33 @@ class Ways:
         changed = {each for each in paths.keys() | self._paths.keys() if paths.get(each) != self._paths.get(each)}
         ways: dict[str, Way] = {}
         for node in cluster.peers:
-            way = None if moved else self._peers.ways.get(node.name)
+            way = self._peers.ways.get(node.name)
             fits = way is not None and (way.node is node or way.node == node) and changed.isdisjoint(node.addresses)
-            ways[node.name] = way if way is not None and fits else self._way(place, node, paths)
+            ways[node.name] = way if way is not None and fits and not moved else self._way(place, node, paths, way)
         self._place, self._cluster, self._paths = place, cluster, paths
         self._peers = _together(place, ways, cluster.own)
         return self._peers
 
-    def _way(self, place: Place, node: ClusterNode, paths: Mapping[Address, int]) -> Way:
+    def _way(self, place: Place, node: ClusterNode, paths: Mapping[Address, int], before: Way | None) -> Way:
+        """Find a way, of what there is already: others hold the prefixes that it had before."""
         way = _way(place, self._covers, node, paths)
-        return replace(way, routes={prefix: self._routes.setdefault(each, each) for prefix, each in way.routes.items()})
+        had = {each: each for each in (before.prefixes if before else ())}
+        return replace(
+            way,
+            prefixes={had.setdefault(prefix, prefix): lanes for prefix, lanes in way.prefixes.items()},
+            routes=self._routes.setdefault(tuple(way.routes.items()), way.routes),
+        )
 
 
 def _together(place: Place, ways: Mapping[str, Way], own: ClusterNode | None) -> Peers:
     routes: dict[Prefix, PeerRoute] = {}
     prefixes: dict[Prefix, Lanes] = {}
     for way in ways.values():
-        routes.update(way.routes)
         for prefix, lanes in way.prefixes.items():
             if prefix not in prefixes or _is_called_at(prefix, lanes):
                 prefixes[prefix] = lanes
+            if not lanes.node and (route := way.routes.get(prefix.version)):
+                routes[prefix] = route
     lanes_of = Counter(tuple(way.lanes.items()) for way in ways.values())
     counts: Counter[tuple[Lane, int]] = Counter()
     for each, count in lanes_of.items():
@@ -182,12 +189,9 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
     peer, hops = _called(place, node), _hops(place, node)
     mtu = _narrower(place, peer, paths)
     lanes = _LANES[_lane(place, hops.get(4)), _lane(place, hops.get(6))]
+    found = {version: _route(place, lanes[version], hops.get(version), version, mtu) for version in FAMILIES}
+    routes = {version: route for version, route in found.items() if route is not None}
     pod_cidrs, refused = _harmless(place, node.pod_cidrs)
-    routes: dict[Prefix, PeerRoute] = {}
-    for cidr in pod_cidrs:
-        route = _route(place, lanes[cidr.version], hops.get(cidr.version), cidr.version, mtu)
-        if route is not None:
-            routes[Prefix.of(cidr)] = route
     tunnels = {version: place.tunnel if lane == "vxlan" and peer else 0 for version, lane in lanes.items()}
     prefixes: dict[Prefix, Lanes] = {}
     same: dict[Lanes, Lanes] = {}  # as a rule, both families share theirs
@@ -195,7 +199,7 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
         for network in networks:
             tunnel = tunnels[network.version]
             called = _called_at(place, peer, network.network_address) if is_node else peer
-            found = Lanes(
+            its = Lanes(
                 native=True,
                 stack=covers[network].stack,
                 peer=peer,
@@ -203,7 +207,7 @@ def _way(place: Place, covers: _Covers, node: ClusterNode, paths: Mapping[Addres
                 tunnel=tunnel,
                 mtu=_narrower(place, called, paths) if tunnel else 0,
             )
-            prefixes[Prefix.of(network)] = same.setdefault(found, found)
+            prefixes[Prefix.of(network)] = same.setdefault(its, its)
     return Way(known, peer, lanes, routes, prefixes, refused)
 
 

@@ -64,9 +64,14 @@ class Prefix(bytes):
         return Prefix.pack(start.to_bytes(16, "big"), length)
 
     @property
+    def version(self) -> Literal[4, 6]:
+        """The IP version."""
+        return 4 if self[:12] == _MAPPED and self[16] >= _MAPPED_BITS else 6
+
+    @property
     def network(self) -> Network:
         """The network."""
-        if self[:12] == _MAPPED and self[16] >= _MAPPED_BITS:
+        if self.version == 4:
             return ip_network((self[12:16], self[16] - _MAPPED_BITS))
         return ip_network((self[:16], self[16]))
 

@@ -50,7 +50,8 @@ def test_on_link(routing: Routing) -> None:
     """A node on the link is the next hop to its pods, by its address of their family."""
     found = way(place(routing), NEAR, NEAR6)
     assert found.lanes == {4: "direct", 6: "direct"}
-    assert found.routes == {V4: PeerRoute(UPLINK, NEAR), V6: PeerRoute(UPLINK, NEAR6)}
+    assert found.routes == {4: PeerRoute(UPLINK, NEAR), 6: PeerRoute(UPLINK, NEAR6)}
+    assert find(place(routing), node(NEAR, NEAR6)).routes == {V4: found.routes[4], V6: found.routes[6]}
     pods = Lanes(native=True, peer=NEAR)
     assert found.prefixes == {
         **dict.fromkeys(PREFIXES, pods),
@@ -62,7 +63,8 @@ def test_behind_a_router() -> None:
     """A node behind a router, and all that is its own, is reached by the tunnel, from the address that it knows."""
     found = way(place(), FAR, FAR6)
     assert found.lanes == {4: "vxlan", 6: "vxlan"}
-    assert found.routes == {V4: PeerRoute(TUNNEL, source=OWN[0]), V6: PeerRoute(TUNNEL, source=OWN[1])}
+    assert found.routes == {4: PeerRoute(TUNNEL, source=OWN[0]), 6: PeerRoute(TUNNEL, source=OWN[1])}
+    assert find(place(), node(FAR, FAR6)).routes == {V4: found.routes[4], V6: found.routes[6]}
     pods = Lanes(native=True, peer=FAR, tunnel=TUNNEL)
     assert found.prefixes == {
         **dict.fromkeys(PREFIXES, pods),
@@ -72,7 +74,7 @@ def test_behind_a_router() -> None:
 
 def test_vxlan_for_all() -> None:
     """With `vxlan`, nodes on the link are reached by the tunnel as well."""
-    assert way(place("vxlan"), NEAR, NEAR6).routes.keys() == {V4, V6}
+    assert find(place("vxlan"), node(NEAR, NEAR6)).routes.keys() == {V4, V6}
     assert set(way(place("vxlan"), NEAR, NEAR6).lanes.values()) == {"vxlan"}
 
 
@@ -86,9 +88,9 @@ def test_direct_behind_a_router() -> None:
 def test_families_apart() -> None:
     """IPv4 goes by an IPv6 next hop where there is no other; IPv6 does not go by one of IPv4, but by the tunnel."""
     by_ipv6 = way(place(own=OWN[1:]), NEAR6)
-    assert by_ipv6.routes == {V4: PeerRoute(UPLINK, NEAR6), V6: PeerRoute(UPLINK, NEAR6)}
+    assert by_ipv6.routes == {4: PeerRoute(UPLINK, NEAR6), 6: PeerRoute(UPLINK, NEAR6)}
     by_ipv4 = way(place(own=OWN[:1]), NEAR)
-    assert by_ipv4.routes == {V4: PeerRoute(UPLINK, NEAR), V6: PeerRoute(TUNNEL)}
+    assert by_ipv4.routes == {4: PeerRoute(UPLINK, NEAR), 6: PeerRoute(TUNNEL)}
     assert by_ipv4.lanes == {4: "direct", 6: "vxlan"}
 
 
@@ -111,8 +113,8 @@ def test_no_way_leads_to_oneself() -> None:
 
 def test_called_by_another_family() -> None:
     """A node without an address of the family that the tunnel's MTU is made for has less room inside."""
-    assert way(place(), FAR6).routes[V4].mtu == way(place(), FAR6).prefixes[V4].mtu == 1430
-    assert way(replace(place(own=OWN[::-1]), tunnel_mtu=1430), FAR).routes[V4].mtu == 0
+    assert way(place(), FAR6).routes[4].mtu == way(place(), FAR6).prefixes[V4].mtu == 1430
+    assert way(replace(place(own=OWN[::-1]), tunnel_mtu=1430), FAR).routes[4].mtu == 0
 
 
 def test_two_claim_an_address() -> None:
