@@ -49,9 +49,9 @@ static int route_from_pod(struct __sk_buff *skb, struct packet *packet)
         return drop(skb, OUTCOME(drop_spoofed_neighbour));
 
     /* Before anything is left to the stack, which has routes to all pods. Whose request it brought gets the answer. */
-    bool of_stack = packet->via_stack && is_stack_flow(skb, packet);
+    __u32 of_stack = packet->via_stack ? is_stack_flow(skb, packet) : 0;
     struct endpoint *endpoint = endpoints.lookup(&packet->destination);
-    if (endpoint && endpoint->network != packet->network && (!of_stack || packet->is_fragment))
+    if (endpoint && endpoint->network != packet->network && (of_stack != STACK_ANSWER || packet->is_fragment))
         return drop(skb, OUTCOME(drop_other_network));
     __u32 by_host_port =
         !of_stack && may_be_served(skb, packet, endpoint) ? translate_locally(skb, packet, endpoint) : 0;
@@ -202,7 +202,7 @@ static bool needs_stack(const struct packet *packet, const struct transport *tra
 {
     if (packet->has_options || packet->ttl <= 1)
         return true;
-    return pod->via_stack && (packet->is_fragment || (known && stack_flows.lookup((struct tuple *)&transport->tuple)));
+    return pod->via_stack && (packet->is_fragment || (known && way_by_stack(&transport->tuple)));
 }
 
 /* What comes from outside: ingress of an uplink. */

@@ -27,11 +27,29 @@ static void keep_in_stack(struct transport *transport, struct endpoint *pod)
         pod->via_stack = 1;
 }
 
+/*
+ * How a packet belongs to the stack: in a flow that the stack brought, or as a request whose answers would be taken for
+ * those. That is a flow of its own, such as a direct call from a port that has called a service before. Only conntrack
+ * can tell the two apart, and only if it sees both ways.
+ */
+#define STACK_ANSWER  1
+#define STACK_REQUEST 2
+
+static __u32 way_by_stack(const struct tuple *tuple)
+{
+    struct tuple answer = reversed(tuple);
+
+    if (stack_flows.lookup((struct tuple *)tuple))
+        return STACK_ANSWER;
+    return stack_flows.lookup(&answer) ? STACK_REQUEST : 0;
+}
+
 /* Does this packet belong to the stack? All fragments of a datagram must take one way, so all of a pod's do. */
-static bool is_stack_flow(struct __sk_buff *skb, const struct packet *packet)
+static __u32 is_stack_flow(struct __sk_buff *skb, const struct packet *packet)
 {
     struct transport *transport = new_transport();
 
-    return packet->is_fragment ||
-           (transport && identify(skb, packet, transport) && stack_flows.lookup(&transport->tuple));
+    if (packet->is_fragment)
+        return STACK_ANSWER;
+    return transport && identify(skb, packet, transport) ? way_by_stack(&transport->tuple) : 0;
 }

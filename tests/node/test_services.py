@@ -133,6 +133,16 @@ def test_direct_beside_service(cluster: Cluster, family: int, kind: socket.Socke
 
 @families
 @kinds
+@pytest.mark.parametrize("behind", [LOCAL, REMOTE_POD])
+def test_direct_after_service(cluster: Cluster, behind: int, family: int, kind: socket.SocketKind) -> None:
+    """From a port that a pod has called a service from, it reaches the pod behind it directly: that is another flow."""
+    there = (cluster.backend.addresses if behind == LOCAL else REMOTE)[family]
+    me, port = who(cluster.asker.netns, Server(address(behind, family), PORT, kind))
+    assert who(cluster.asker.netns, cluster.servers[there, family, kind], port=port)[0] == me
+
+
+@families
+@kinds
 def test_bystanders(cluster: Cluster, family: int, kind: socket.SocketKind) -> None:
     """Pods that no service has ever touched keep the fast path to each other and to the world."""
     one, other = cluster.bystanders

@@ -76,7 +76,7 @@ class Nat:
     def from_pod(self, message: Message) -> Fate:
         """Judge what a pod sends."""
         flow = self.flow(message)
-        if message.source in self.via_stack and (message.is_fragment or flow in self.stack_flows):
+        if message.source in self.via_stack and (message.is_fragment or self._is_kept(flow)):
             return Fate("punt_reply")
         # What an IPv6 fragment is of, the program does not look for here.
         other = is_other(message.protocol) or (message.is_fragment and len(message.source) == 16)
@@ -284,7 +284,10 @@ class Nat:
             self.via_stack.add(pod)
 
     def _is_fast(self, message: Message, flow: Flow) -> bool:
-        return flow.destination not in self.via_stack or not (message.is_fragment or flow in self.stack_flows)
+        return flow.destination not in self.via_stack or not (message.is_fragment or self._is_kept(flow))
+
+    def _is_kept(self, flow: Flow | None) -> bool:
+        return flow is not None and not self.stack_flows.isdisjoint({flow, flow.reverse})
 
     # ---- Which flow
 

@@ -46,6 +46,16 @@ def test_answer_by_the_stack(node: Node) -> None:
     assert node.leave(from_pod(4, A, B.ipv4) / answer("udp", 4, 5000)).outcome == "punt_reply"
 
 
+@pytest.mark.parametrize(("network", "outcome"), [(0, "punt_reply"), (1, "drop_other_network")])
+def test_request_with_such_answers(node: Node, network: int, outcome: str) -> None:
+    """Whoever asks by the same tuple is left to the stack, to be told from that flow, but not into another network."""
+    packet = request("udp", 4, 5000)
+    node.to_pod(arriving(4, B.ipv4, A.ipv4) / packet)
+    node.alter_endpoints(A, via_stack=1)
+    node.alter_endpoints(B, network=network)
+    assert node.leave(from_pod(4, A, B.ipv4) / packet).outcome == outcome
+
+
 @BY_FAMILY
 @pytest.mark.parametrize("network", [0, 7])
 def test_within_a_network(node: Node, family: int, network: int) -> None:
