@@ -37,6 +37,9 @@ typedef __SIZE_TYPE__ size_t; typedef __UINTPTR_TYPE__ uintptr_t; typedef _Bool 
 enum { false, true };
 """
 
+# What clang only warns of, and never is right. Not all warnings: the compiler is whatever version the node has.
+_ERRORS = ("-Werror=incompatible-pointer-types", "-Werror=int-conversion", "-Werror=return-type")
+
 # The instruction that loads 64 bits, and its source registers that mean "the map with this descriptor" and
 # "the value of the map with this descriptor" (linux/bpf.h).
 _LD_IMM64 = 0x18
@@ -52,7 +55,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="podlane-headers-") as headers:
             _make_headers(Path(headers))
             os.environ["BCC_KERNEL_SOURCE"] = headers
-            flags = [f"-I{path}" for path in _include_path()]
+            flags = [*_ERRORS, *(f"-I{path}" for path in _include_path())]
             source = sys.stdin.read()
             module = BPF(text=source, cflags=flags, allow_rlimit=False)
             sys.stdout.write(_object(module, source).to_json())

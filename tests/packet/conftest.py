@@ -24,7 +24,8 @@ struct addr { __be32 word[4]; };
 struct endpoint {
     __u32 ifindex;
     __u8 mac[6];
-    __u16 native;
+    __u8 via_stack;
+    __u8 native;
     __u32 network;
     __u32 shaper;
     __u16 queued;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from agent.datapath.cache import compiled
+from agent.datapath.cache import compile_source, compiled
 from agent.datapath.object import Object
 from agent.datapath.source import CompileError
 
@@ -22,6 +23,21 @@ DEFINES = {"COUNTS_AS": "first", "EXTRA_MEMBER": ""}
 def break_compiler(patch: pytest.MonkeyPatch) -> None:
     """Let no child process compile any more: the only way to an object is the cache."""
     patch.setattr(sys, "executable", "/bin/false")
+
+
+@pytest.fixture(scope="module")
+def known(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile the small datapath; return the cache, which is not to be changed."""
+    cache = tmp_path_factory.mktemp("known")
+    compiled(small_source, cache, defines=DEFINES)
+    return cache
+
+
+@pytest.fixture
+def entry(known: Path, tmp_path: Path) -> Path:
+    """Provide a cache that has compiled the small datapath, by its one entry."""
+    (there,) = known.iterdir()
+    return Path(shutil.copy2(there, tmp_path))
 
 
 def test_the_object_describes_the_source(compile_small: Compile) -> None:
@@ -58,28 +74,32 @@ def test_an_error_in_a_header_is_shown_at_its_place(tmp_path: Path) -> None:
         compiled(folder, tmp_path / "cache", defines={})
 
 
+def test_a_pointer_to_something_else_is_an_error() -> None:
+    """What is no more than a warning in C, though it cannot be right, is an error here."""
+    with pytest.raises(CompileError, match="incompatible pointer types"):
+        compile_source("int from_pod(struct __sk_buff *skb) { struct __sk_buff **p = &skb; return (p = skb) != 0; }")
+
+
 def test_a_known_source_is_not_compiled_again(
-    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_source: Path, entry: Path, compile_small: Compile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no compiler works, a source that was compiled before is still there."""
-    first = compiled(small_source, tmp_path, defines=DEFINES)
+    first = compile_small()
     break_compiler(monkeypatch)
-    assert compiled(small_source, tmp_path, defines=DEFINES) == first
+    assert compiled(small_source, entry.parent, defines=DEFINES) == first
 
 
-def test_another_macro_is_another_object(small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_macro_is_another_object(small_source: Path, entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache tells options apart."""
-    compiled(small_source, tmp_path, defines=DEFINES)
     break_compiler(monkeypatch)
     with pytest.raises(CompileError):
-        compiled(small_source, tmp_path, defines={**DEFINES, "COUNTS_AS": "second"})
+        compiled(small_source, entry.parent, defines={**DEFINES, "COUNTS_AS": "second"})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "binary", "empty"])
-def test_a_damaged_cache_is_a_miss(small_source: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_is_a_miss(small_source: Path, entry: Path, compile_small: Compile, damage: str) -> None:
     """A damaged entry is compiled again and repaired, whatever the damage."""
-    first = compiled(small_source, tmp_path, defines=DEFINES)
-    (entry,) = tmp_path.iterdir()
+    first = compile_small()
     whole = entry.read_bytes()
     digit = whole.index(b'"max_entries": ') + len(b'"max_entries": ')
     entry.write_bytes(
@@ -90,7 +110,7 @@ def test_a_damaged_cache_is_a_miss(small_source: Path, tmp_path: Path, damage: s
             "empty": b"",
         }[damage]
     )
-    assert compiled(small_source, tmp_path, defines=DEFINES) == first
+    assert compiled(small_source, entry.parent, defines=DEFINES) == first
     assert entry.read_bytes() == whole
 
 

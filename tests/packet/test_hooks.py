@@ -190,7 +190,7 @@ def test_failures_are_reported_by_hook(small: Datapath, pins: Path) -> None:
         {gone: Attached(999, "from_pod"), nameless: Attached(index, "nat"), INGRESS: Attached(index, "from_pod")}
     )
     assert failures.keys() == {gone, nameless}
-    assert str(failures[gone]).startswith("attach from_pod at ingress of gone (index 999): ENODEV")
+    assert str(failures[gone]).startswith("attach from_pod at ingress of gone: ENODEV")
     assert "no such program" in str(failures[nameless])
     assert TcxHooks(small, pins).read() == {INGRESS: Attached(index, "from_pod")}
 
