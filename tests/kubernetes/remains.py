@@ -15,6 +15,7 @@ ls -d /run/podlane /sys/fs/bpf/podlane /opt/cni/bin/podlane /etc/cni/net.d/10-po
 find /var/lib/podlane -mindepth 1
 grep -l '^podlane:' /sys/class/net/*/ifalias
 for family in -4 -6; do
+    ip $family route show table all proto 111
     ip $family route show table all proto 112
     ip $family neighbour show proto 112
 done
@@ -49,7 +50,7 @@ def known_prefixes(caller: Caller, node: str) -> set[str]:
     routes = [
         route["dst"]
         for family in ("-4", "-6")
-        for route in json.loads(caller.run("NODE_SHELL", node=node, script=f"ip -j {family} route show proto 112"))
+        for route in json.loads(caller.run("NODE_SHELL", node=node, script=f"ip -j {family} route show proto 111"))
     ]
     dumped = caller.run(
         "NODE_SHELL", node=node, script="bpftool -j map dump pinned /sys/fs/bpf/podlane/maps/prefixes:*"

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +115,15 @@ def add_uplink(node: Netns, stack: ExitStack) -> Netns:
     node.run("ip", "route", "add", "default", "via", "192.0.2.1")
     node.run("ip", "route", "add", "default", "via", "2001:db8::1")
     return world
+
+
+def own_routes(netns: Netns) -> list[str]:
+    """Return podlane's routes in a node's namespace, as ip shows them: those to other nodes are of protocol 111."""
+    return [
+        line
+        for family, protocol in product(("-4", "-6"), ("111", "112"))
+        for line in netns.run("ip", family, "route", "show", "proto", protocol).stdout.splitlines()
+    ]
 
 
 class Machine:
@@ -326,10 +336,7 @@ class Machine:
         found = {
             "devices": [name for name in names if name.startswith("pl")],
             "routes": [
-                line.replace(" linkdown", "")
-                for family in ("-4", "-6")
-                for line in self.netns.run("ip", family, "route", "show", "proto", "112").stdout.splitlines()
-                if not line.startswith("unreachable")
+                line.replace(" linkdown", "") for line in own_routes(self.netns) if not line.startswith("unreachable")
             ],
             "neighbours": [
                 line

@@ -21,7 +21,7 @@ from agent.wiring import HOST_MAC
 from tests.node.api.node import Node, api_node
 from tests.node.api.objects import make_node
 from tests.node.forked import start_doomed
-from tests.node.machine import Netns, TestPod, run
+from tests.node.machine import Netns, TestPod, own_routes, run
 from tests.node.nodes import Entry
 from tests.node.programs import wait_settled
 from tests.node.steps import labels
@@ -155,8 +155,7 @@ def keys(node: Node, name: str) -> list[str]:
 
 def ways(node: Node) -> set[str]:
     """Return the prefixes that the node has routes to by podlane's hand, but for its own."""
-    shown = (node.netns.run("ip", family, "route", "show", "proto", "112").stdout for family in ("-4", "-6"))
-    return {line.split()[0] for text in shown for line in text.splitlines() if "/" in line.split()[0]}
+    return {line.split()[0] for line in own_routes(node.netns) if "/" in line.split()[0]}
 
 
 def wanted(nodes: Told) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.node.api.node import Node, api_node
 from tests.node.api.objects import make_node
 from tests.node.echo import UDP, bound
+from tests.node.machine import own_routes
 from tests.node.verbs import add, assert_refused
 
 V4, V6 = "10.77.0.0/24", "fd00:77::/64"
@@ -115,15 +117,16 @@ def test_a_reboot_during_an_outage(node: Node, is_silent: bool) -> None:
         node.api.stop()
     (node.directory / "state" / "ipam.db").unlink()
     node.netns.run("ip", "link", "delete", "podlane.vx")
-    node.netns.run("ip", "route", "flush", "proto", "112")
+    for family, protocol in product(("-4", "-6"), ("111", "112")):
+        node.netns.run("ip", family, "route", "flush", "proto", protocol)
     node.start_agent()
     assert ways(node) == before
     assert node.make_pod("a").addresses == ["10.77.0.1", "fd00:77::1"]
 
 
 def ways(node: Node) -> str:
-    """Return the IPv4 routes that are podlane's."""
-    return node.netns.run("ip", "route", "show", "proto", "112").stdout
+    """Return the routes that are podlane's."""
+    return "\n".join(own_routes(node.netns))
 
 
 def test_a_first_start_during_an_outage(node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ def reboot(node: Machine, *pods: TestPod) -> None:
     for pod in pods:
         pod.netns.delete()
     shutil.rmtree(node.bpffs)
-    for family in ("-4", "-6"):
-        node.netns.run("ip", family, "route", "flush", "proto", "112", check=False)  # some go with the pods meanwhile
+    for family, protocol in product(("-4", "-6"), ("111", "112")):
+        node.netns.run(
+            "ip", family, "route", "flush", "proto", protocol, check=False
+        )  # some go with the pods meanwhile
     boot_id = node.directory / "boot_id"
     boot_id.write_text("another boot\n")
     other_boot = f'mount --bind {boot_id} /proc/sys/kernel/random/boot_id && exec "$@"'
