@@ -41,7 +41,7 @@ class Following:
         self._changed: Callable[[], None] = lambda: None
         self._refused: Callable[[], Mapping[str, str]] = dict
         self._own: ClusterNode | None = None
-        self._outsiders = ""
+        self._may_have_outsiders = False
         self.membership = Membership(config.node_name, self._follow)
         self._source: NodeSource | None = None
         self._remembered = Remembered(config.paths.state / NAME)
@@ -127,16 +127,17 @@ class Following:
         if {each.subnet for each in ranges} == set(self._store.subnets):
             return
         self._store.set_ranges(ranges)
-        self._outsiders = outsiders(self._store.pods(), cluster.own)
+        self._may_have_outsiders = True
         log.info("addresses for pods are those of ranges=%s", ",".join(str(each.subnet) for each in ranges) or "none")
 
     def _troubles(self) -> dict[str, str]:
         """Return what needs a person, by the reason of its event."""
         troubles = {"DatapathFailed": self._readiness.unproved}
         troubles["PodCIDRConflict"] = self._readiness.refused()
-        if self._outsiders:  # only another pod CIDR makes new ones
-            self._outsiders = outsiders(self._store.pods(), self.membership.cluster.own)
-        troubles["PodsOutsidePodCIDR"] = self._outsiders
+        if self._may_have_outsiders:  # only another pod CIDR makes new ones
+            self._may_have_outsiders = False  # before looking, for the pod CIDRs may change meanwhile
+            troubles["PodsOutsidePodCIDR"] = found = outsiders(self._store.pods(), self.membership.cluster.own)
+            self._may_have_outsiders |= bool(found)
         troubles["PodCIDRRefused"] = "; ".join(f"node {name}: {why}" for name, why in sorted(self._refused().items()))
         if missing := self._readiness.no_tunnel():
             troubles["TunnelUnavailable"] = self._readiness.cut_off or f"no node needs the tunnel now, but {missing}"
