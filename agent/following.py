@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -73,8 +72,8 @@ class Following:
         settings = self._config.kubernetes
         if settings is None:
             return
-        connect, told = partial(Api, settings.kubeconfig), threading.Event()
-        source = NodeSource(connect, self._config.node_name, self._take, told.set)
+        connect = partial(Api, settings.kubeconfig)
+        source = NodeSource(connect, self._config.node_name, self._take)
         herald = Herald(
             connect=connect,
             node=self._config.node_name,

@@ -21,8 +21,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was found by looking at the node; `mtu` is that of its uplinks, `paths` those known to others, in bytes."""
+    """What was found by looking at the node, which the cluster calls by the addresses `named`.
 
+    `mtu` is that of its uplinks, of those to the world and to other nodes the smallest, and `paths` those known to
+    others, in bytes.
+    """
+
+    named: tuple[Address, ...]
     uplinks: Mapping[str, Uplink]
     node_addresses: frozenset[Address]
     mtu: int
@@ -59,7 +64,10 @@ class Surroundings:
 
         `ranges` are the subnets of the node's own. The same object, if it knows of no change. Raises KernelError.
         """
-        seen = self._look() if look or self._seen is None else self._seen
+        named = cluster.own.addresses if cluster.own else ()
+        seen = self._seen
+        if seen is None or look or named != seen.named:
+            seen = self._seen = self._look(named)
         own = _own_addresses(seen, cluster.own)
         self._tell_of_stranger(own, cluster)
         self._overhead = self._wrapping(cluster, own)
@@ -129,18 +137,24 @@ class Surroundings:
                 log.info("other nodes know this one by its own addresses %s", words)
         self._is_stranger = is_stranger
 
-    def _look(self) -> _Seen:
+    def _look(self, named: tuple[Address, ...]) -> _Seen:
         ways = netlink.hops()  # once: among thousands of routes it takes 10 ms
-        self._seen = _Seen(
-            netlink.uplinks(self._config.masquerade.uplinks, ways),
+        uplinks = netlink.uplinks(self._config.masquerade.uplinks, ways)
+        leading_to_nodes = {
+            uplink.ifindex
+            for uplink in uplinks.values()
+            if any(address in network for network in uplink.networks for address in named)
+        }
+        if self._file:
+            self._rules = self._file.current()
+        return _Seen(
+            named,
+            uplinks,
             netlink.node_addresses(),
-            netlink.uplink_mtu(netlink.default_devices(ways)),
+            netlink.uplink_mtu(netlink.default_devices(ways) | leading_to_nodes),
             netlink.path_mtus() if self._overhead else {},
             dict.fromkeys(CALLS, cgroup.number(self.cgroup)) if self.cgroup else {},
         )
-        if self._file:
-            self._rules = self._file.current()
-        return self._seen
 
     def _wrapping(self, cluster: Cluster, own: Sequence[Address]) -> int:
         """Return the bytes to leave free for wrapping: in a cluster always, since nodes behind routers may join."""

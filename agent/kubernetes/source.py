@@ -33,14 +33,10 @@ _SHARE = 25  # a report that took a second is followed by so many without one
 class NodeSource:
     """Reports all nodes, and again soon after each change, but never so often that it takes much of a processor."""
 
-    def __init__(
-        self, connect: Callable[[], Api], own_name: str, report: Report, own_changed: Callable[[], None]
-    ) -> None:
-        """`own_changed` is called when there is a new `own`."""
+    def __init__(self, connect: Callable[[], Api], own_name: str, report: Report) -> None:
         self._connect = connect
         self._own_name = own_name
         self._report = report
-        self._own_changed = own_changed
         self._nodes: dict[str, ClusterNode] = {}
         self._own: OwnNode | None = None
         self._version = ""
@@ -112,7 +108,7 @@ class NodeSource:
             self._nodes = nodes
         self._version = page.version
         self._news.set()
-        self._set_own(own)
+        self._own = own
 
     def _watch(self, api: Api) -> None:
         """Follow what changes until the server ends it. Raises ApiError, Gone."""
@@ -144,13 +140,8 @@ class NodeSource:
             if is_new:
                 self._news.set()
             if change.own is not None:
-                self._set_own(None if change.is_deleted else change.own)
+                self._own = None if change.is_deleted else change.own
         self._version = change.version
-
-    def _set_own(self, own: OwnNode | None) -> None:
-        if own != self._own:
-            self._own = own
-            self._own_changed()
 
     def _note_trouble(self, trouble: str) -> None:
         if trouble != self._trouble:

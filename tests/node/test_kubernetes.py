@@ -78,6 +78,21 @@ def test_a_new_pod_cidr(node: Node) -> None:
     assert not any(node.traces().values())
 
 
+def test_other_nodes_are_by_another_device(node: Node) -> None:
+    """Pods' packets fit through the device that leads to other nodes, if that takes less than the one to the world."""
+    for command in (
+        "link add inner mtu 1400 type veth peer name beyond",
+        "address add 198.51.100.10/24 dev inner",
+        "link set inner up",
+        "link set beyond up",
+    ):
+        node.netns.run("ip", *command.split())
+    node.api.objects.put(make_node("n", [V4], ["198.51.100.10"]))
+    node.start_agent()
+    pod = node.make_pod("a")
+    assert "mtu 1350 " in pod.netns.run("ip", "link", "show", "eth0").stdout
+
+
 def test_an_outage_concerns_no_pod(node: Node) -> None:
     """While the API server is away, ADD and DEL work, also for an agent that starts then; later it follows again."""
     node.register(V4, V6)

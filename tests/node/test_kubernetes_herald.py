@@ -29,7 +29,7 @@ class Told:
         self.is_ready = False
         self.cut_off = ""
         self.troubles: dict[str, str] = {}
-        self.source = NodeSource(lambda: Api(kubeconfig), "n", lambda _: None, lambda: None)
+        self.source = NodeSource(lambda: Api(kubeconfig), "n", lambda _: None)
         self.herald = Herald(
             connect=lambda: Api(kubeconfig),
             node="n",

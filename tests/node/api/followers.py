@@ -18,7 +18,7 @@ class Following:
 
     def __init__(self, connect: Callable[[], Api]) -> None:
         self.reports: list[dict[str, ClusterNode]] = []
-        self.source = NodeSource(connect, "node-001", self._take, lambda: None)
+        self.source = NodeSource(connect, "node-001", self._take)
         self.source.start()
 
     def _take(self, nodes: Sequence[ClusterNode]) -> None:
