@@ -12,8 +12,8 @@ from agent.datapath import entries, tables
 from agent.datapath.loader import Datapath
 from agent.datapath.sockets import SocketHooks
 from agent.hooks import StagedHooks
-from agent.loop import Tables
 from agent.state import Address, OtherProtocols
+from agent.tables import Tables
 from agent.wiring import HOST_MAC
 
 log = logging.getLogger(__name__)

@@ -10,40 +10,18 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any
 
 from agent.diff import Delta, diff
 from agent.failures import Failures
 from agent.plan import Inside, Outside, plan, routed_subnets
 from agent.pods import shaper_of
-from agent.state import (
-    Address,
-    Attached,
-    Endpoint,
-    Gateway,
-    Hook,
-    HostPort,
-    HostRoute,
-    KernelError,
-    Lanes,
-    Neighbour,
-    Network,
-    PeerRoute,
-    PodPort,
-    Prefix,
-    Queue,
-    Settings,
-    Sources,
-    State,
-    Table,
-    TunnelDevice,
-    TunnelEnd,
-)
+from agent.state import Address, KernelError, State, Table
 from agent.store import AddressTaken, Phase, Pod, Store
+from agent.tables import MANY, NAMES, Tables, in_order, surely_outdated
 from agent.upkeep import Devices, Upkeep
 
 log = logging.getLogger(__name__)
@@ -51,33 +29,6 @@ log = logging.getLogger(__name__)
 _FULL_PASS_PAUSE = 0.2  # seconds; a burst of kernel events leads to one full pass, not to one each
 _SHARE = 100  # times as long as reading them took, the tables of other nodes are not read again
 _QUIET = 1.0  # seconds without a request, after which there is time for what can wait
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The kernel's tables, in the order of creation; deletion goes the other way. Names are those of `State`.
-
-    Devices and queues come before what sends through them. Uplinks and tunnels come after hooks: `from_pod` sends
-    nothing there before `to_uplink` and `to_tunnel` run, nor after they stop. (Where these run, it is the other way
-    round: see `_in_order`.) Gateways come before the routes that name them as a source.
-    """
-
-    tunnel_devices: Table[str, TunnelDevice]
-    queues: Table[int, Queue]
-    endpoints: Table[Address, Endpoint]
-    settings: Table[int, Settings]
-    prefixes: Table[Prefix, Lanes]
-    node_addresses: Table[Address, int]
-    host_ports: Table[HostPort, PodPort]
-    hooks: Table[Hook, Attached]
-    sockets: Table[str, int]
-    uplinks: Table[int, Sources]
-    tunnels: Table[int, TunnelEnd]
-    neighbours: Table[Neighbour, str]
-    gateways: Table[Gateway, int]
-    routes: Table[Address, HostRoute]
-    peer_routes: Table[Prefix, PeerRoute]
-    subnets: Table[Network, Literal["unreachable"]]
 
 
 class Reading(IntEnum):
@@ -90,11 +41,7 @@ class Reading(IntEnum):
     """These too, unless it is too soon (`_SHARE`), and the node's surroundings."""
 
 
-_MANY = ("prefixes", "peer_routes")
-_OF_PEERS = ("tunnel_devices", "prefixes", "tunnels", "peer_routes")
-_LEADING_OUT = ("uplinks", "tunnels")  # by the index of their devices
 _NOTHING = Outside()
-_NAMES: tuple[str, ...] = tuple(each.name for each in fields(Tables))
 
 
 class Loop:
@@ -221,7 +168,7 @@ class Loop:
             raise KernelError(f"device {pod.device} is missing")
         if pod.limits.egress_rate and not any(each.shaper for each in desired.endpoints.values()):
             raise KernelError(f"device {shaper_of(pod.device)} is missing: what the pod sends is not limited")
-        for name in _NAMES:
+        for name in NAMES:
             needed = getattr(desired, name)
             for key in diff(needed, getattr(known, name)).upsert if needed else ():
                 raise KernelError(self.refusal(name, key) or f"{name} {key} is not in force")
@@ -309,8 +256,8 @@ class Loop:
         """Read the kernel; but what there may be thousands of, so seldom that it takes little of a processor."""
         tables: dict[str, Any] = {}
         spent, is_due = 0.0, before is None or (reading is Reading.ALL and time.monotonic() >= self._many_due)
-        for name in _NAMES:
-            if name not in _MANY:
+        for name in NAMES:
+            if name not in MANY:
                 tables[name] = self._table(name).read()
                 continue
             tables[name] = known = getattr(before, name, None)
@@ -337,7 +284,7 @@ class Loop:
 
     def _count_repairs(self, desired: State, before: State, now: State) -> None:
         """Count as repairs the changes that are due now and were not before the kernel was read again."""
-        for name in _NAMES:
+        for name in NAMES:
             want, there, was_there = getattr(desired, name), getattr(now, name), getattr(before, name)
             if there is was_there:  # not read again
                 continue
@@ -349,14 +296,14 @@ class Loop:
 
     def _apply(self, desired: State, known: State) -> None:
         failures: dict[str, KernelError] = {}
-        deltas = {name: self._delta(name, getattr(desired, name), getattr(known, name)) for name in _NAMES}
-        for name, upsert in _in_order(deltas, known):
+        deltas = {name: self._delta(name, getattr(desired, name), getattr(known, name)) for name in NAMES}
+        for name, upsert in in_order(deltas, known):
             if upsert:
                 failed = self._table(name).upsert(upsert)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
                 getattr(known, name).update({k: v for k, v in upsert.items() if k not in failed})
         for name, delta in reversed(deltas.items()):
-            outdated = delta.delete if self._outside.live else _outdated(name, delta.delete, known)
+            outdated = delta.delete if self._outside.live else surely_outdated(name, delta.delete, known)
             if outdated:
                 failed = self._table(name).delete(outdated)
                 failures |= {f"{name} {key}": error for key, error in failed.items()}
@@ -374,23 +321,3 @@ class Loop:
     def _table(self, name: str) -> Table[Any, Any]:
         table: Table[Any, Any] = getattr(self._tables, name)
         return table
-
-
-def _in_order(deltas: Mapping[str, Delta[Any, Any]], known: State) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield what to write. Devices whose programs run already come before hooks: new ones may look into another map."""
-    served = {attached.ifindex for hook, attached in known.hooks.items() if hook.direction == "egress"}
-    for name, delta in deltas.items():
-        if name == "hooks":
-            for each in _LEADING_OUT:
-                yield each, {key: value for key, value in deltas[each].upsert.items() if key in served}
-        if name in _LEADING_OUT:
-            yield name, {key: value for key, value in delta.upsert.items() if key not in served}
-        else:
-            yield name, delta.upsert
-
-
-def _outdated(name: str, keys: frozenset[Any], known: State) -> frozenset[Any]:
-    """Return what may go before the nodes of the cluster are known: nothing by which this one reaches them."""
-    if name in _OF_PEERS:
-        return frozenset()
-    return frozenset(key for key in keys if name != "hooks" or key.device not in known.tunnel_devices)

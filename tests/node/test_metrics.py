@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.loop import Tables
+from agent.tables import Tables
 from tests.node.machine import LAUNCHER, Machine, Netns, Outcome, TestPod, machine
 
 Values = dict[tuple[str, ...], float]

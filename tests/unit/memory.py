@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from agent.loop import Loop, Tables
+from agent.loop import Loop
 from agent.plan import Inside, Outside, Tunnel, plan, routed_subnets
 from agent.pods import shaper_of
 from agent.ranges import Range
@@ -42,6 +42,7 @@ from agent.state import (
     Uplink,
 )
 from agent.store import Netns, Phase, Pod, Published, Store, Subnet
+from agent.tables import Tables
 from cni.call import Attachment
 from cni.netconf import Bandwidth
 from tests.support import prefix
