@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.node.echo import UDP, bound
@@ -60,6 +62,8 @@ class Internet:
         for pods, node_address, closed in zip(PODS, NODE, CLOSED, strict=True):
             it.near.run("ip", "route", "add", pods, "via", node_address)
             it.far.run("ip", "route", "add", "unreachable", closed)
+        for netns in (node.netns, it.near, it.far, it.world):
+            node.wait_for(partial(_is_settled, netns), "link-local addresses, without which no neighbour is asked for")
         return it
 
     @contextmanager
@@ -84,6 +88,14 @@ def join(one: Netns, other: Netns, device: str, ours: tuple[str, str], theirs: t
         netns.run("ip", "address", "add", addresses[0], "dev", device)
         netns.run("ip", "address", "add", addresses[1], "dev", device, "nodad")
         netns.run("ip", "link", "set", device, "up")
+
+
+def _is_settled(netns: Netns) -> bool:
+    """Say whether each device that is up has a link-local address, and has found that nobody else does."""
+    devices = json.loads(netns.run("ip", "-j", "-6", "address", "show", "up").stdout)
+    found = [address for device in devices if device.get("ifname") != "lo" for address in device["addr_info"]]
+    links = [each for each in found if each["scope"] == "link" and not each.get("tentative")]
+    return len(links) == len([each for each in devices if each.get("ifname") not in (None, "lo")])
 
 
 @contextmanager
