@@ -10,7 +10,7 @@ from agent.store import StoreError
 
 @dataclass
 class Readiness:
-    """Whether ADD can be served, for STATUS and the readiness probe, which must say the same."""
+    """Whether ADD can be served, for STATUS and /readyz, which must say the same."""
 
     unproved: str = "the agent is starting"
     """What the datapath's proof lacks; empty once it is there."""
@@ -22,7 +22,6 @@ class Readiness:
     """Says why the agent has no addresses of its own to give, full or not; empty if it has some."""
     exhausted: Callable[[], str] = lambda: ""
     """Says which of the agent's own addresses have run out; empty while there are some."""
-
     refused: Callable[[], str] = lambda: ""
     """Says which of the node's own pod CIDRs is another node's; empty if none."""
     no_tunnel: Callable[[], str] = lambda: ""

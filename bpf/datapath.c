@@ -107,17 +107,16 @@ int from_pod(struct __sk_buff *skb)
 /* What the host stack sends to a pod, and all that a limited pod receives: egress of the host end of its veth pair. */
 int to_pod(struct __sk_buff *skb)
 {
-    struct packet *packet = new_packet();
-    struct transport *transport = new_transport();
-
-    if (!packet || !transport)
-        return TC_ACT_SHOT;
     if (skb->mark == FAST_MARK) {
         skb->mark = 0;
         return punt(skb, OUTCOME(fwd_queued));
     }
     if (skb->mark == CALL_MARK || skb->mark == ANSWER_MARK)
         return punt(skb, complete_locally(skb) ? OUTCOME(port_shaped) : OUTCOME(fwd_from_stack));
+    struct packet *packet = new_packet();
+    struct transport *transport = new_transport();
+    if (!packet || !transport)
+        return TC_ACT_SHOT;
     if (parse(skb, packet) != KIND_IP)
         return punt(skb, OUTCOME(fwd_from_stack));
     struct endpoint *pod = endpoints.lookup(&packet->destination);

@@ -66,9 +66,10 @@ static bool belongs_to_stack(const struct packet *packet, const struct lanes *la
  */
 static bool answers_node(struct __sk_buff *skb, const struct packet *packet, const struct lanes *lanes)
 {
+    if (!packet->serves || !(lanes->kind & PREFIX_NODE))
+        return false;
     struct transport *transport = new_transport();
-
-    if (!transport || !packet->serves || !(lanes->kind & PREFIX_NODE) || !identify_itself(skb, packet, transport))
+    if (!transport || !identify_itself(skb, packet, transport))
         return false;
     struct note *note = reply_note(packet, transport);
     return note && note->port;

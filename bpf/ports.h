@@ -83,7 +83,7 @@ static bool is_in_range(__be16 port, const struct settings *limits)
     return number >= limits->first_port && number <= limits->last_port;
 }
 
-/* A port of SCTP's cannot change: that takes a new CRC32c over the whole packet, which is too much for the verifier. */
+/* A port of SCTP's cannot change: that takes a new CRC32c over the whole packet, which no program here computes. */
 static bool keeps_port(__u8 protocol)
 {
     return is_portless(protocol) || protocol == IPPROTO_SCTP;

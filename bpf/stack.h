@@ -47,9 +47,8 @@ static __u32 way_by_stack(const struct tuple *tuple)
 /* Does this packet belong to the stack? All fragments of a datagram must take one way, so all of a pod's do. */
 static __u32 is_stack_flow(struct __sk_buff *skb, const struct packet *packet)
 {
-    struct transport *transport = new_transport();
-
     if (packet->is_fragment)
         return STACK_ANSWER;
+    struct transport *transport = new_transport();
     return transport && identify(skb, packet, transport) ? way_by_stack(&transport->tuple) : 0;
 }
