@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -97,17 +97,26 @@ def fetch(client: Pod, address: str) -> str:
     return result.stdout.strip()
 
 
-def pid_namespace_of(pid: int | str) -> str:
-    """Return the identity of a process' PID namespace."""
-    return str(Path(f"/proc/{pid}/ns/pid").readlink())
+@contextmanager
+def pid_namespace_of(pid: int) -> Iterator[int]:
+    """Hold a process' PID namespace, and yield a descriptor of it.
+
+    The kernel gives the inode number of one that is gone to the next that anybody makes: it is only told from others
+    as long as it is held.
+    """
+    descriptor = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def processes_in(pid_namespace: str) -> list[int]:
+def processes_in(pid_namespace: int) -> list[int]:
     """Return the processes of a PID namespace."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            if pid_namespace_of(entry.name) == pid_namespace:
+            if os.path.samestat((entry / "ns/pid").stat(), os.fstat(pid_namespace)):
                 found.append(int(entry.name))
     return found
 
@@ -117,7 +126,7 @@ def cgroups_of(runtime: Containerd) -> list[Path]:
     return [*Path("/sys/fs/cgroup").glob(runtime.cgroup), *Path("/sys/fs/cgroup").glob(f"*/{runtime.cgroup}")]
 
 
-def assert_nothing_left(node: Node, runtime: Containerd, pid_namespace: str) -> None:
+def assert_nothing_left(node: Node, runtime: Containerd, pid_namespace: int) -> None:
     """Compare the machine with what it was before `runtime` ran in `pid_namespace`."""
     assert processes_in(pid_namespace) == []
     assert str(node.directory) not in Path("/proc/self/mountinfo").read_text()
@@ -172,25 +181,27 @@ def test_a_pod_that_cannot_start_is_removed(node: Node, runtime: Containerd) -> 
 def test_stop_leaves_nothing(node: Node) -> None:
     """After stop, with pods running, no process, mount, cgroup, device, file or address of it is left."""
     node.configure()
-    with node.containerd() as runtime:
-        runtime.wait_ready()
-        runtime.run_pods(3)
-        pid_namespace = pid_namespace_of(runtime.pid)
-        assert len(processes_in(pid_namespace)) > 3  # containerd and shims; containers are in the cgroups
-        assert cgroups_of(runtime) != []
-    assert_nothing_left(node, runtime, pid_namespace)
+    with ExitStack() as held:
+        with node.containerd() as runtime:
+            runtime.wait_ready()
+            runtime.run_pods(3)
+            pid_namespace = held.enter_context(pid_namespace_of(runtime.pid))
+            assert len(processes_in(pid_namespace)) > 3  # containerd and shims; containers are in the cgroups
+            assert cgroups_of(runtime) != []
+        assert_nothing_left(node, runtime, pid_namespace)
     assert node.leases() == set()
 
 
 def test_a_killed_containerd_leaves_nothing(node: Node) -> None:
     """When containerd is killed with pods running, everything but the plugin's own records goes."""
     node.configure()
-    with node.containerd() as runtime:
-        runtime.wait_ready()
-        runtime.run_pods(2)
-        pid_namespace = pid_namespace_of(runtime.pid)
-        os.kill(runtime.pid, signal.SIGKILL)
-    assert_nothing_left(node, runtime, pid_namespace)
+    with ExitStack() as held:
+        with node.containerd() as runtime:
+            runtime.wait_ready()
+            runtime.run_pods(2)
+            pid_namespace = held.enter_context(pid_namespace_of(runtime.pid))
+            os.kill(runtime.pid, signal.SIGKILL)
+        assert_nothing_left(node, runtime, pid_namespace)
 
 
 def test_a_killed_harness_leaves_nothing(node: Node) -> None:
@@ -208,17 +219,16 @@ runtime.run_pod("a")
 print(runtime.pid, flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as harness:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as harness:
         assert harness.stdout
         runtime = node.containerd()
         runtime.pid = int(harness.stdout.readline())
-        pid_namespace = pid_namespace_of(runtime.pid)
-        harness.kill()
-    eventually(lambda: not (node.directory / "containerd").exists())
-    (node.bin_dir / "loopback").unlink()
-    assert_nothing_left(node, runtime, pid_namespace)
+        with pid_namespace_of(runtime.pid) as pid_namespace:
+            harness.kill()
+            eventually(lambda: not (node.directory / "containerd").exists())
+            (node.bin_dir / "loopback").unlink()
+            assert_nothing_left(node, runtime, pid_namespace)
 
 
 def test_two_at_once(tmp_path: Path) -> None:
