@@ -37,6 +37,15 @@ def cgroup_of(home: Path) -> str:
     return f"podlane-e2e-{sha256(bytes(home)).hexdigest()[:12]}"
 
 
+def cgroups_named(name: str) -> list[Path]:
+    """Return the directories of a cgroup right below the root of a hierarchy, of version 1 or 2.
+
+    No deeper: cgroups of others come and go, and may be gone between being listed and being looked into.
+    """
+    root = Path("/sys/fs/cgroup")
+    return [*root.glob(name), *root.glob(f"*/{name}")]
+
+
 class Box:
     """Runs a script, as PID 1, in namespaces of its own until `close`; then its directory and cgroup are gone.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from tests.e2e.box import cgroups_named
 from tests.e2e.containerd import Containerd
 from tests.e2e.story import Story
 from tests.node.machine import Machine, Netns
@@ -38,12 +39,7 @@ class Remains:
             "processes": [pid for pid in self.processes if Path(f"/proc/{pid}").exists()],
             "network namespaces": [path.name for path in self.namespaces if path.exists()],
             "mounts": [line for line in mounts if str(self.home) in line],
-            "cgroups": [
-                str(path)
-                for name in self.cgroups
-                for below in ("", "*/")
-                for path in Path("/sys/fs/cgroup").glob(below + name)
-            ],
+            "cgroups": [str(path) for name in self.cgroups for path in cgroups_named(name)],
             "files": list(self.home.rglob("*")),
         }
         for what, items in left.items():

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import pytest
 
+from tests.e2e.box import cgroups_named
 from tests.e2e.containerd import Containerd, ContainerdError, Pod
 from tests.e2e.cri import CriError
 
@@ -121,17 +122,12 @@ def processes_in(pid_namespace: int) -> list[int]:
     return found
 
 
-def cgroups_of(runtime: Containerd) -> list[Path]:
-    """Return the top directories of a containerd's cgroups."""
-    return [*Path("/sys/fs/cgroup").glob(runtime.cgroup), *Path("/sys/fs/cgroup").glob(f"*/{runtime.cgroup}")]
-
-
 def assert_nothing_left(node: Node, runtime: Containerd, pid_namespace: int) -> None:
     """Compare the machine with what it was before `runtime` ran in `pid_namespace`."""
     assert processes_in(pid_namespace) == []
     assert str(node.directory) not in Path("/proc/self/mountinfo").read_text()
     assert not Path(f"/proc/{runtime.pid}").exists()
-    assert cgroups_of(runtime) == []
+    assert cgroups_named(runtime.cgroup) == []
     assert sorted(path.name for path in node.directory.iterdir()) == ["bin", "ipam", "net.d"]
     assert sorted(path.name for path in node.bin_dir.iterdir()) == ["bridge", "host-local"]
     eventually(lambda: node.devices() == {"lo", "br0"})
@@ -187,7 +183,7 @@ def test_stop_leaves_nothing(node: Node) -> None:
             runtime.run_pods(3)
             pid_namespace = held.enter_context(pid_namespace_of(runtime.pid))
             assert len(processes_in(pid_namespace)) > 3  # containerd and shims; containers are in the cgroups
-            assert cgroups_of(runtime) != []
+            assert cgroups_named(runtime.cgroup) != []
         assert_nothing_left(node, runtime, pid_namespace)
     assert node.leases() == set()
 
@@ -210,6 +206,7 @@ def test_a_killed_harness_leaves_nothing(node: Node) -> None:
     script = f"""
 import sys
 from pathlib import Path
+from tests.e2e.box import cgroups_named
 from tests.e2e.containerd import Containerd
 d = Path({str(node.directory)!r})
 runtime = Containerd(d, conf_dir=d / "net.d", bin_dir=d / "bin", netns={node.netns!r})

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.box import cgroups_named
 from tests.e2e.cluster_of_one import NODE_ADDRESSES, fetch_command, url
 from tests.e2e.podman import Container, Podman, PodmanError
 from tests.node.machine import Machine, machine
@@ -66,7 +67,7 @@ def podman(node: Machine) -> Iterator[Podman]:
         yield podman
     assert not any(node.traces().values())
     assert not (node.directory / "podman").exists()
-    assert [path for path in Path("/sys/fs/cgroup").glob(f"**/{podman.cgroup}") if path.is_dir()] == []
+    assert cgroups_named(podman.cgroup) == []
 
 
 @pytest.fixture(autouse=True)
