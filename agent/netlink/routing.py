@@ -90,10 +90,12 @@ class Routing:
         return replace(route, priority=route.priority + _BEHIND + self._number)
 
     def _own_table(self, version: int) -> list[Request]:
+        """Ask for a table of its own. An interface that is made again has another one: its former rules go."""
         table = _BEHIND + self._number
         default = Route(DEFAULT_ROUTES[version], gw=self._hops[version], table=table)
         sources = (address for address in self._addresses if address.version == version)
-        return [self._add(default), *(_add_rule(address, table) for address in sources)]
+        rules = (change for each in sources for change in (delete_rule(each), _add_rule(each, table)))
+        return [self._add(default), *rules]
 
     def _add(self, route: Route) -> Request:
         # ip route add DST [via GW onlink | scope link] dev POD [src ADDRESS] [metric M] [table T] [mtu N] [advmss N]
@@ -139,7 +141,7 @@ def _add_rule(source: Address, table: int) -> Request:
     # ip rule add from ADDRESS lookup TABLE pref 30000 protocol 112
     entry = [*_rule_attributes(source), (FRA_TABLE, table)]
     what = f"add a rule for packets from {source} in the pod"
-    return message(what, RTM_NEWRULE, ADD, _rule(source, FR_ACT_TO_TBL), entry, tolerated=(errno.EEXIST,))
+    return message(what, RTM_NEWRULE, ADD, _rule(source, FR_ACT_TO_TBL), entry)
 
 
 def delete_rule(source: Address) -> Request:

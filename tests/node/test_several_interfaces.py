@@ -153,6 +153,20 @@ def test_each_goes_by_itself(one: Container, other: Container) -> None:
     assert [each["table"] for each in rules(one.netns)] == ["99"]
 
 
+def test_made_again(one: Container) -> None:
+    """An interface that somebody deletes comes back with its one rule for each address, and DEL takes these."""
+    one.add("eth0", CLUSTER)
+    net1 = one.add("net1", STORAGE)
+    host_end = one.results["net1"]["interfaces"][0]["name"]
+    before = one.node.repairs().get("devices", 0)
+    one.node.netns.run("ip", "link", "delete", host_end)
+    one.node.wait_for(lambda: one.node.repairs().get("devices", 0) == before + 1, "the interface to come back")
+    one.check(net1=STORAGE)
+    assert sorted(each["src"] for each in rules(one.netns)) == sorted(net1)
+    one.call("DEL", "net1", STORAGE)
+    assert rules(one.netns) == []
+
+
 def rules(netns: Netns) -> list[dict[str, str]]:
     """Return the rules of a namespace that are not the kernel's own."""
     shown = [each for family in ("-4", "-6") for each in json.loads(netns.run("ip", "-j", family, "rule").stdout)]
