@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 
 from agent import pods
 from agent.__main__ import main as agent_main
@@ -42,7 +42,11 @@ _BPF_CALLS = (
 )
 _ARRIVAL, _REPLY, _SETTLE = handle.__code__, reply.__code__, StagedHooks.settle.__code__
 _REPORT = Following._take.__code__
-_READS = {function.__code__ for function in (ask, dump_by, Store.pods, pods.find, pods.find_all)}
+_READS = {
+    function.__code__
+    for function in (ask, dump_by, Store.pods, Store.get, Store.usage, Store.exhausted, pods.find, pods.find_all)
+}
+_TRANSACTION = Store._transaction.__wrapped__.__code__  # type: ignore[attr-defined]  # what contextmanager has wrapped
 # Threads that change nothing. Python 3.11 crashes, collecting garbage, if the first one is profiled as it reads YAML.
 _BYSTANDERS = {"herald", "nodes-watch"}
 _STEPS = {_REPLY, *(function.__code__ for function in _BPF_CALLS)}
@@ -67,7 +71,7 @@ class Steps:
             self._armed = False
         elif event == "c_call" and self._armed:
             name = getattr(what, "__qualname__", "")
-            if name in _OUTSIDE and frame.f_code not in _READS:
+            if name in _OUTSIDE and _on_whose_behalf(frame) not in _READS:
                 self._tell(next(self._numbers), f"{name} in {frame.f_code.co_qualname}")
 
     def _python_call(self, frame: FrameType) -> None:
@@ -110,6 +114,17 @@ class Steps:
     def _begin(self, _frame: FrameType, _event: str, _what: object) -> None:
         """See the first call of a thread."""
         sys.setprofile(None if threading.current_thread().name in _BYSTANDERS else self)
+
+
+def _on_whose_behalf(frame: FrameType) -> CodeType | None:
+    """Return the function that makes a call: of a transaction's beginning and end, whoever has the transaction.
+
+    The loop looks at the store whenever it likes, so that steps were numbered differently each time if that counted.
+    """
+    asker: FrameType | None = frame
+    if frame.f_code is _TRANSACTION and frame.f_back:  # contextlib
+        asker = frame.f_back.f_back
+    return asker.f_code if asker else None
 
 
 def labels(log: str) -> list[str]:

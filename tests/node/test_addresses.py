@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
+from tests.node.programs import wait_settled
 
 
 @contextmanager
@@ -45,6 +46,7 @@ def test_exhaustion(tmp_path: Path, netns: Netns) -> None:
     with ready_node(tmp_path, "10.9.0.0/30", "10.9.1.0/30", "fd09::/120") as node:
         pods = [node.make_pod() for _ in range(4)]
         assert sorted(pod.addresses[0] for pod in pods) == ["10.9.0.1", "10.9.0.2", "10.9.1.1", "10.9.1.2"]
+        wait_settled(node, *pods)  # else their links come between the two looks
         before = node.traces()
         outcome = add(node, netns)
         assert (outcome.exit_code, outcome.json()["code"]) == (1, 101)

@@ -12,6 +12,7 @@ import pytest
 from tests.node.api.node import Node, api_node
 from tests.node.forked import start_held
 from tests.node.machine import Netns, TestPod
+from tests.node.programs import wait_settled
 from tests.node.steps import labels
 from tests.node.verbs import add, assert_refused, delete
 
@@ -27,6 +28,7 @@ def test_the_pod_cidr_changes_during_add(tmp_path: Path) -> None:
         netns = node.add_netns("held")
         hold = start_held(node, "ADD", netns.name)
         old = node.make_pod("old")
+        wait_settled(node, old)  # else its links come between two looks
         before = node.traces()
         steps = steps_of_add(node, netns)
         committed = steps.index("Connection.execute in Store.activate") + 1

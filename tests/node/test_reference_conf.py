@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.node.machine import Machine, Netns, Outcome, machine
+from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
+from tests.node.programs import wait_settled
 
 TEXTBOOK = """{
     "cniVersion": "0.4.0", "name": "awesomenet", "type": "podlane", "bridge": "cni0", "isGateway": true, "ipMasq": true,
@@ -246,7 +247,7 @@ def test_mtu(node: Machine, netns: Netns) -> None:
 def test_exhausted(node: Machine, netns: Netns) -> None:
     """When a network has no address left ADD says so in host-local's words, with code 101, and leaves nothing."""
     small = {"type": "podlane", "subnet": "10.77.9.0/30"}  # two addresses, of which one is the gateway
-    add(node, netns, ipam=small)
+    wait_settled(node, TestPod(netns, netns.name, add(node, netns, ipam=small)))  # its links come a little later
     before = node.traces()
     config = {"cniVersion": "1.0.0", "name": "reference", "ipam": small}
     outcome = node.cni("ADD", container_id=netns.name, netns=str(netns.path), ifname="net1", config=config)
