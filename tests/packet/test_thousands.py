@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,7 @@ from .world import FAMILIES, NATIVE, NODE_OWN, STACK, from_pod, loaded_node
 pytestmark = pytest.mark.root
 
 NODES = 5000
-ROUNDS, REPEATS = 100, 200
+TURNS, ROUNDS, REPEATS = 10, 100, 200
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,18 @@ def cost(tunnel: Tunnel, family: int) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cost_of_a_packet(tunnel: Tunnel, family: int) -> None:
-    """With 5,000 other nodes a packet into the tunnel costs at most a tenth more than with two."""
+    """With 5,000 other nodes a packet into the tunnel costs at most a tenth more than with two.
+
+    Whatever else the machine does can only add to a cost, and may go on for a while: the least of several turns counts.
+    """
     table = PrefixTable(tunnel.node.datapath.maps["prefixes"], native=NATIVE, stack=STACK, node=NODE_OWN)
     many = dict.fromkeys(others(), Lanes(native=True, peer=PEERS[4][0], tunnel=tunnel.node.uplink))
-    few = [cost(tunnel, family)]
-    assert table.upsert(many) == {}
-    among_many = cost(tunnel, family)
-    assert table.delete(many) == {}
-    few.append(cost(tunnel, family))
-    assert among_many <= 1.1 * max(few)
+    among_few = among_many = sys.maxsize
+    for _ in range(TURNS):
+        among_few = min(among_few, cost(tunnel, family))
+        assert table.upsert(many) == {}
+        among_many = min(among_many, cost(tunnel, family))
+        assert table.delete(many) == {}
+        if among_many <= 1.1 * among_few:
+            return
+    pytest.fail(f"{among_many} ns among {NODES} nodes, {among_few} ns among two")
