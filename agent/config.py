@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from ipaddress import ip_network
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from agent.ranges import Range
+from agent.ranges import Range, is_within
 from agent.sections import Kubernetes, ListedNode, Masquerade, Model, Paths, Prefix, Subnet, Tunnel
 from agent.state import Network, Routing
 from cni.document import explain
@@ -81,6 +83,11 @@ class Config(Model):
     sticky: bool = False
     """Give a pod the addresses again that the last one of its namespace and name had, where they are free. Default: an
     address rests as long as possible, since others may still remember whose it was."""
+    cluster_cidrs: tuple[Prefix, ...] = ()
+    """The prefixes in which all pod CIDRs of the cluster lie, of each family that pods have (kube-controller-manager's
+    --cluster-cidr): a pod CIDR that is not within one of them is refused, whoever claims it. Without Kubernetes, this
+    key is read again when the file changes, as `nodes` is. Default: a node may have any prefix that no older one has,
+    so that who may register a Node can draw what pods send there, be it to the world."""
     nodes: tuple[ListedNode, ...] = ()
     """All nodes of the cluster, this one among them, where no Kubernetes tells of them. This key is read again when the
     file changes; the list may be the same on all nodes. Default: the node is alone."""
@@ -119,11 +126,24 @@ class Config(Model):
     def _ranges_are_distinct(cls, ranges: tuple[Subnet, ...]) -> tuple[Subnet, ...]:
         if not ranges:
             raise ValueError("give at least one subnet")
-        for index, one in enumerate(ranges):
-            for other in ranges[index + 1 :]:
-                if one.subnet.version == other.subnet.version and one.subnet.overlaps(other.subnet):
-                    raise ValueError(f"{one.subnet} and {other.subnet} overlap")
+        _refuse_overlaps([each.subnet for each in ranges])
         return ranges
+
+    @field_validator("cluster_cidrs")
+    @classmethod
+    def _cluster_cidrs_are_distinct(cls, cluster_cidrs: tuple[Network, ...]) -> tuple[Network, ...]:
+        if not cluster_cidrs:
+            raise ValueError("give at least one prefix, or leave the key out: any may be a node's then")
+        _refuse_overlaps(cluster_cidrs)
+        return cluster_cidrs
+
+    @model_validator(mode="after")
+    def _ranges_are_the_clusters(self) -> Config:
+        known = ", ".join(map(str, self.cluster_cidrs))
+        for own in self.own_ranges if self.cluster_cidrs else ():
+            if not is_within(own.subnet, self.cluster_cidrs):
+                raise ValueError(f"cluster_cidrs ({known}) lack this node's range {own.subnet}: give other ones")
+        return self
 
     @model_validator(mode="after")
     def _nodes_fit(self) -> Config:
@@ -132,7 +152,7 @@ class Config(Model):
             raise ValueError(f"nodes: {', '.join(sorted(twice))} is there twice")
         for own in (each for each in self.nodes if each.name == self.node_name):
             for subnet in (each.subnet for each in self.ranges):
-                if not any(_is_within(subnet, cidr) for cidr in own.pod_cidrs):
+                if not is_within(subnet, own.pod_cidrs):
                     raise ValueError(f"nodes: pod_cidrs of {own.name}, which is this node, lack its range {subnet}")
         return self
 
@@ -150,8 +170,11 @@ class Config(Model):
         return () if self.kubernetes else tuple(each.range() for each in self.ranges)
 
 
-def _is_within(network: Network, other: Network) -> bool:
-    return network.version == other.version and network.prefixlen >= other.prefixlen and network.overlaps(other)
+def _refuse_overlaps(networks: Sequence[Network]) -> None:
+    """Raise ValueError if two of them have addresses in common."""
+    for one, other in combinations(networks, 2):
+        if one.version == other.version and one.overlaps(other):
+            raise ValueError(f"{one} and {other} overlap")
 
 
 def load(path: Path) -> Config:
