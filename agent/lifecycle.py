@@ -178,7 +178,7 @@ def _make_loop(
         outside=lambda look: surroundings.outside(membership.cluster, store.subnets, look=look),
         sysctls=sysctls.ensure,
     )
-    readiness.trouble = loop.trouble
+    readiness.hung, readiness.trouble = loop.hung, loop.trouble
     readiness.no_tunnel = partial(loop.refusal, "tunnel_devices", netlink.TUNNEL)
     readiness.needs_tunnel = lambda: surroundings.peers.needs_tunnel
     return loop
