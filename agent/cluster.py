@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 
+from agent.ranges import is_within
 from agent.state import Address, Network
 
 NOBODYS: tuple[Network, ...] = tuple(
@@ -49,23 +50,28 @@ class Cluster:
     live: bool = False
     """Whether a source has reported since the agent started. If not, this is what an earlier agent knew, or nothing:
     no reason to take anything away."""
+    outlying: Mapping[str, str] = field(default_factory=dict)
+    """Which of the others lost pod CIDRs that are not within the cluster's, and why, by name: some might not tell."""
 
 
-def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluster:
+def settle(
+    nodes: Iterable[ClusterNode], own_name: str, cluster_cidrs: Sequence[Network] = (), *, live: bool
+) -> Cluster:
     """Return the cluster of these nodes, as the one called `own_name` sees it.
 
     Every node comes to the same verdict about overlapping pod CIDRs: the older node keeps its own, by name if both are
     of the same age; the other one is refused that prefix. A node is refused an address, too, that is another one's
     pods', whoever is older: a node says itself which addresses it has, but not which pod CIDRs; and all but the first
     few, which makes no difference to the own node. Only where several older nodes live in a pod CIDR, that is what is
-    wrong.
+    wrong. A pod CIDR that is not within one of the `cluster_cidrs`, if there are any, is nobody's, and in nobody's way.
     """
     own, peers, refused, claims = None, [], {}, _Claims()
     by_age = sorted(nodes, key=lambda each: (each.created, each.name))
-    claimed = [_claim(claims, node, {}) for node in by_age]
+    outlying = _outlying(by_age, cluster_cidrs)
+    claimed = [_claim(claims, node, outlying) for node in by_age]
     if inhabited := _inhabited(claims, by_age):
         claims = _Claims()
-        claimed = [_claim(claims, node, inhabited) for node in by_age]
+        claimed = [_claim(claims, node, outlying | inhabited) for node in by_age]
     for node, (kept, reasons) in zip(by_age, claimed, strict=True):
         first = node.addresses[:_MOST_ADDRESSES]
         if len(first) < len(node.addresses) and node.name != own_name:
@@ -80,17 +86,15 @@ def settle(nodes: Iterable[ClusterNode], own_name: str, *, live: bool) -> Cluste
             own = settled
         else:
             peers.append(settled)
-    return Cluster(own, tuple(peers), refused, live)
+    return Cluster(own, tuple(peers), refused, live, _claimants(outlying, by_age, own_name))
 
 
-def _claim(
-    claims: _Claims, node: ClusterNode, inhabited: Mapping[Network, str]
-) -> tuple[tuple[Network, ...], list[str]]:
-    """Claim the node's pod CIDRs; return those that it gets, and why it does not get the others."""
+def _claim(claims: _Claims, node: ClusterNode, barred: Mapping[Network, str]) -> tuple[tuple[Network, ...], list[str]]:
+    """Claim the node's pod CIDRs, but for those `barred`; return those that it gets, and why not the others."""
     kept, reasons = [], []
     for cidr in node.pod_cidrs:
-        if cidr in inhabited:
-            reasons.append(inhabited[cidr])
+        if cidr in barred:
+            reasons.append(barred[cidr])
             continue
         holder = claims.claim(cidr, node.name)
         if holder is None:
@@ -99,6 +103,28 @@ def _claim(
             whose = f" of node {holder[1]}, which is older" if holder[1] else ", which is no node's"
             reasons.append(f"pod CIDR {cidr} overlaps with {holder[0]}{whose}")
     return tuple(kept), reasons
+
+
+def _outlying(nodes: Iterable[ClusterNode], cluster_cidrs: Sequence[Network]) -> dict[Network, str]:
+    """Return the pod CIDRs that are not within one of the cluster's, if these are known, with what to do about it."""
+    if not cluster_cidrs:
+        return {}
+    known = ", ".join(map(str, cluster_cidrs))
+    advice = "extend these if it is the cluster's, else give the node another one"
+    return {
+        cidr: f"pod CIDR {cidr} is not within cluster_cidrs ({known}): {advice}"
+        for node in nodes
+        for cidr in node.pod_cidrs
+        if not is_within(cidr, cluster_cidrs)
+    }
+
+
+def _claimants(outlying: Mapping[Network, str], nodes: Iterable[ClusterNode], own_name: str) -> dict[str, str]:
+    """Return who else claims such pod CIDRs, by name, and why it does not get them."""
+    if not outlying:
+        return {}
+    reasons = {each.name: "; ".join(outlying[cidr] for cidr in each.pod_cidrs if cidr in outlying) for each in nodes}
+    return {name: why for name, why in reasons.items() if why and name != own_name}
 
 
 def _inhabited(claims: _Claims, by_age: Iterable[ClusterNode]) -> dict[Network, str]:

@@ -105,14 +105,14 @@ class Following:
         nodes = self._remembered.recall()
         if nodes:
             log.info("recalled the cluster nodes=%d", len(nodes))
-            self.membership.report(nodes, live=False)
+            self.membership.report(nodes, self._config.cluster_cidrs, live=False)
 
     def _take(self, nodes: Sequence[ClusterNode]) -> None:
         """Remember a report before it has consequences, where it concerns the node itself."""
         own = next((each for each in nodes if each.name == self._config.node_name), None)
         self._remembered.keep(nodes, at_once=own != self._own)
         self._own = own
-        self.membership.report(nodes)
+        self.membership.report(nodes, self._config.cluster_cidrs)
 
     def _follow(self) -> None:
         """Bring a change of the membership into force."""
@@ -137,7 +137,8 @@ class Following:
             self._may_have_outsiders = False  # before looking, for the pod CIDRs may change meanwhile
             troubles["PodsOutsidePodCIDR"] = found = outsiders(self._store.pods(), self.membership.cluster.own)
             self._may_have_outsiders |= bool(found)
-        troubles["PodCIDRRefused"] = "; ".join(f"node {name}: {why}" for name, why in sorted(self._refused().items()))
+        refused = sorted((*self.membership.cluster.outlying.items(), *self._refused().items()))
+        troubles["PodCIDRRefused"] = "; ".join(f"node {name}: {why}" for name, why in refused)
         if missing := self._readiness.no_tunnel():
             troubles["TunnelUnavailable"] = self._readiness.cut_off or f"no node needs the tunnel now, but {missing}"
         troubles["UnknownServices"] = unknown_services(self._config, os.environ)

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from agent.config import ConfigError, Prefix
+from agent.config import ConfigError
+from agent.sections import Prefix
 from cni.document import explain
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from agent import kernel, masquerade, netlink, supply
 from agent.collector import Collector
-from agent.config import Config, Paths
+from agent.config import Config
 from agent.datapath import cache, loader, requirements, tables
 from agent.datapath.source import CompileError
 from agent.following import Following, tell_failure
@@ -26,6 +26,7 @@ from agent.membership import Membership
 from agent.metrics import Metrics, serve
 from agent.node import Node, Readiness
 from agent.pods import shaper_of
+from agent.sections import Paths
 from agent.selftest import ScratchPod, SelfTestFailed
 from agent.server import Server, observed
 from agent.spool import Spool
@@ -177,7 +178,7 @@ def _make_loop(
         outside=lambda look: surroundings.outside(membership.cluster, store.subnets, look=look),
         sysctls=sysctls.ensure,
     )
-    readiness.trouble = loop.trouble
+    readiness.hung, readiness.trouble = loop.hung, loop.trouble
     readiness.no_tunnel = partial(loop.refusal, "tunnel_devices", netlink.TUNNEL)
     readiness.needs_tunnel = lambda: surroundings.peers.needs_tunnel
     return loop

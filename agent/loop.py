@@ -19,6 +19,7 @@ from agent.diff import Delta, diff
 from agent.failures import Failures
 from agent.plan import Inside, Outside, plan, routed_subnets
 from agent.pods import shaper_of
+from agent.rounds import Rounds
 from agent.state import Address, KernelError, State, Table
 from agent.store import AddressTaken, Phase, Pod, Store
 from agent.tables import MANY, NAMES, Tables, in_order, surely_outdated
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _FULL_PASS_PAUSE = 0.2  # seconds; a burst of kernel events leads to one full pass, not to one each
 _SHARE = 100  # times as long as reading them took, the tables of other nodes are not read again
 _QUIET = 1.0  # seconds without a request, after which there is time for what can wait
+_PATIENCE = 600.0  # seconds without a round: ten times what the agent waits for its first pass, in the largest cluster
 
 
 class Reading(IntEnum):
@@ -62,11 +64,13 @@ class Loop:
         resync_seconds: float,
         outside: Callable[[bool], Outside] = lambda _look: _NOTHING,
         sysctls: Callable[[], Sequence[str]] = tuple,
+        patience_seconds: float = _PATIENCE,
     ) -> None:
         """`outside` tells what the plan is made for, and may raise KernelError.
 
         It is asked with every pass, and told whether to look at the kernel, as in a full pass; what else changes, the
-        cluster, costs it nothing to know. `sysctls` is called with every full pass: see `Upkeep`.
+        cluster, costs it nothing to know. `sysctls` is called with every full pass: see `Upkeep`. For
+        `patience_seconds` see `Rounds`.
         """
         self._store = store
         self._tables = tables
@@ -93,6 +97,7 @@ class Loop:
         self._settle_due = self._full_due + _QUIET
         self._guests: tuple[Pod, ...] = ()
         self._stopped = False
+        self._rounds = Rounds(patience_seconds)
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
 
     def start(self) -> None:
@@ -111,6 +116,10 @@ class Loop:
         if self._thread.ident is not None and not self._thread.is_alive():
             return "the loop has ended"
         return self._trouble
+
+    def hung(self) -> str:
+        """Say that no pass ends any more, nor begins; empty if all is well. A pass that fails is one that ends."""
+        return self._rounds.missed()
 
     def kernel_changed(self) -> None:
         """Note that something may have changed behind our back: a full pass follows soon."""
@@ -176,9 +185,11 @@ class Loop:
     def _run(self) -> None:
         while True:
             with self._condition:
+                due = self._rounds.note()
                 while not self._has_work():
                     # Not wait_for(): its time is fixed, and kernel_changed() may bring the full pass forward.
-                    self._condition.wait(min(self._full_due, self._settle_due) - time.monotonic())
+                    self._condition.wait(min(self._full_due, self._settle_due, due) - time.monotonic())
+                    due = self._rounds.note()
                 if self._stopped:
                     return
                 covered = self._requested

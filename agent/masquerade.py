@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network
 
-from agent.config import Masquerade
 from agent.ipmasq import Rules
+from agent.sections import Masquerade
 from agent.state import Lanes, Network, Settings
 
 _LINK_LOCAL: dict[int, Network] = {4: IPv4Network("169.254.0.0/16"), 6: IPv6Network("fe80::/10")}

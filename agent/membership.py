@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from agent.cluster import Cluster, ClusterNode, settle
+from agent.state import Network
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,13 @@ class Membership:
         """The cluster as it is known now."""
         return self._cluster
 
-    def report(self, nodes: Iterable[ClusterNode], *, live: bool = True) -> None:
-        """Replace what is known by these nodes: all there are, the own one among them."""
+    def report(self, nodes: Iterable[ClusterNode], cluster_cidrs: Sequence[Network] = (), *, live: bool = True) -> None:
+        """Replace what is known by these nodes: all there are, the own one among them.
+
+        If there are `cluster_cidrs`, no node has a pod CIDR that is not within one of them.
+        """
         with self._lock:
-            cluster = settle(nodes, self._own_name, live=live)
+            cluster = settle(nodes, self._own_name, cluster_cidrs, live=live)
             if cluster == self._cluster:
                 return
             _tell(self._cluster, cluster)

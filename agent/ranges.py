@@ -40,6 +40,11 @@ def fits_no_pod(address: Address) -> bool:
     return special or (isinstance(address, IPv6Address) and address.ipv4_mapped is not None)
 
 
+def is_within(network: Network, others: Iterable[Network]) -> bool:
+    """Say whether all of a network is in one of the others."""
+    return any(each.prefixlen <= network.prefixlen and network.network_address in each for each in others)
+
+
 class RangeExhausted(Exception):
     """A pool has no free address; the message names its ranges."""
 

@@ -1,4 +1,4 @@
-"""Whether the node can serve ADD, and whom it concerns if it cannot."""
+"""Whether the node can serve ADD, and whom it concerns if it cannot; and whether the agent is to be restarted."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class Readiness:
     """What the datapath's proof lacks; empty once it is there."""
     uninstalled: str = "the CNI configuration is not installed yet"
     """What could not be put where the runtime looks; empty if nothing."""
+    hung: Callable[[], str] = lambda: ""
+    """Says that the loop does not come round any more, which only another agent may mend; empty if it does."""
     trouble: Callable[[], str] = lambda: ""
     """Says what keeps the kernel from being brought up to date; empty if nothing."""
     unaddressed: Callable[[], str] = lambda: ""
@@ -38,7 +40,7 @@ class Readiness:
     @property
     def limited(self) -> str:
         """Why pods cannot be served as they should be now, if running ones may be cut off as well; else empty."""
-        return self.unproved or self.trouble() or self.cut_off
+        return self.unproved or self.hung() or self.trouble() or self.cut_off
 
     @property
     def unwell(self) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from agent import netlink
-from agent.config import Masquerade
 from agent.journal import Journal
+from agent.sections import Masquerade
 
 
 class Sysctls:

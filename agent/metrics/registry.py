@@ -81,7 +81,7 @@ class Metrics:
         )  # fmt: skip
         self._nodes = Gauge("podlane_cluster_nodes", "Other nodes that are known.", registry=self.registry)
         self._refused = Gauge(
-            "podlane_cluster_nodes_refused", "Nodes, this one among them, that claim what is another's.",
+            "podlane_cluster_nodes_refused", "Nodes, this one among them, that are refused what they claim.",
             registry=self.registry,
         )  # fmt: skip
         build = Gauge(

@@ -75,8 +75,9 @@ class _QuietHandler(WSGIRequestHandler):
 def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WSGIServer:
     """Serve /metrics, /healthz and /readyz on "host:port" or "[host]:port" (IPv6), in a thread. Raises OSError.
 
-    "*:port" is all addresses of both families. "/readyz?exclude=exhausted" is for who waits for a node to work, as a
-    rolling update does: it says yes though all addresses are in use. `shutdown()` ends the server.
+    "*:port" is all addresses of both families. /healthz says no only where another agent may do better, since the loop
+    hangs; /readyz while ADD cannot be served, whatever the cause. "/readyz?exclude=exhausted" is for who waits for a
+    node to work, as a rolling update does: it says yes though all addresses are in use. `shutdown()` ends the server.
     """
     metrics_app = make_wsgi_app(registry)
 
@@ -85,10 +86,10 @@ def serve(address: str, registry: CollectorRegistry, readiness: Readiness) -> WS
         if path == "/metrics":
             return _scrape(metrics_app, environ, start_response)
         if path == "/healthz":
-            return _answer(start_response, "200 OK", "ok")
+            return _probed(start_response, readiness.hung(), "ok")
         if path == "/readyz":
             reason = readiness.unwell if environ["QUERY_STRING"] == "exclude=exhausted" else readiness.reason
-            return _answer(start_response, "503 Service Unavailable" if reason else "200 OK", reason or "ready")
+            return _probed(start_response, reason, "ready")
         return _answer(start_response, "404 Not Found", "there are /metrics, /healthz and /readyz")
 
     host, _, port = address.rpartition(":")
@@ -105,6 +106,10 @@ def _scrape(app: WSGIApplication, environ: WSGIEnvironment, start_response: Star
         return app(environ, start_response)
     except (KernelError, StoreError) as error:
         return _answer(start_response, "500 Internal Server Error", str(error))
+
+
+def _probed(start_response: StartResponse, trouble: str, well: str) -> Iterable[bytes]:
+    return _answer(start_response, "503 Service Unavailable" if trouble else "200 OK", trouble or well)
 
 
 def _answer(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:

@@ -42,7 +42,7 @@ _FORMAT = 1  # part of the caches' keys: raise it when what this script writes c
 _UNUSED = ("usr/share/man/", "usr/share/locale/", "usr/share/info/", "usr/share/lintian/", "var/lib/dpkg/info/")
 _DOCUMENTS = "usr/share/doc/"
 
-_HOME = "usr/lib/podlane"  # agent.config finds bpf/ beside the agent
+_HOME = "usr/lib/podlane"  # agent.sections finds bpf/ beside the agent
 _WHEELS = "usr/local/lib/python3.11/dist-packages"  # on Debian's sys.path
 _COMMAND = "usr/bin/podlane-agent"
 _FILES = {"etc/passwd": "root:x:0:0:root:/:/usr/sbin/nologin\n", "etc/group": "root:x:0:\n"}

@@ -12,7 +12,11 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+from agent import lifecycle
+from agent.__main__ import main as agent_main
+from agent.loop import Loop
 from agent.netlink.netns import CLONE_NEWNET, LIBC
 from tests.node import die_at
 from tests.node.machine import ROOT, START_SECONDS, Machine
@@ -106,6 +110,30 @@ def start_held(node: Machine, command: str, container: str) -> Hold:
 
 def _be_held(command: str, container: str, hold: Hold) -> None:
     Steps(command, container, hold.pass_by).live()
+
+
+def start_held_loop(node: Machine, patience: float) -> Hold:
+    """Start a node's agent, whose loop can be held in each full pass, and wait until it is ready.
+
+    The loop is missed after `patience` seconds. A full pass that is to be held is step 1.
+    """
+    hold = Hold()
+    _start(node, partial(_hold_loop, hold, patience))
+    node.wait_ready()
+    return hold
+
+
+def _hold_loop(hold: Hold, patience: float) -> None:
+    def make(**parts: Any) -> Loop:  # noqa: ANN401  # those of a Loop
+        def ensure() -> Sequence[str]:
+            hold.pass_by(1, "full pass")
+            changed: Sequence[str] = parts["sysctls"]()
+            return changed
+
+        return Loop(**{**parts, "sysctls": ensure, "patience_seconds": patience})
+
+    lifecycle.Loop = make  # type: ignore[assignment,attr-defined]
+    agent_main()
 
 
 def _start(node: Machine, live: Callable[[], None]) -> None:

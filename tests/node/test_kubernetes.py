@@ -16,6 +16,10 @@ from tests.node.machine import own_routes
 from tests.node.verbs import add, assert_refused
 
 V4, V6 = "10.77.0.0/24", "fd00:77::/64"
+OUTSIDE = (
+    "is not within cluster_cidrs (10.77.0.0/16, fd00:77::/48): "
+    "extend these if it is the cluster's, else give the node another one"
+)
 PAGE_KB = 3 * 2500  # one of 100 Nodes, as it comes in pieces, as a whole, and before its pieces are given back
 TAINT = {"key": "podlane.io/agent-not-ready", "effect": "NoSchedule"}
 
@@ -190,6 +194,38 @@ def test_a_pod_cidr_that_holds_the_next_hop(node: Node) -> None:
     assert node.get("/readyz")[0] == 200
     assert node.netns.run("ip", "route", "show", "192.0.2.0/29").stdout == ""
     assert node.pings(node.make_pod("a"), "192.0.2.1")
+
+
+def test_a_pod_cidr_outside_of_the_clusters(tmp_path: Path) -> None:
+    """With `cluster_cidrs`, no node draws traffic to anything else: an event tells of it, and the others are reached.
+
+    A node whose own pod CIDR is elsewhere gives no addresses.
+    """
+    with api_node(tmp_path, cluster_cidrs=["10.77.0.0/16", "fd00:77::/48"]) as node:
+        node.world.run("ip", "address", "add", "198.51.100.1/32", "dev", "lo")
+        node.register(V4, V6)
+        node.start_agent()
+        pod = node.make_pod("a")
+        node.api.objects.put(make_node("thief", ["198.51.100.0/24", "10.77.1.0/24"], ["192.0.2.11"], age=60))
+        node.wait_for(lambda: "10.77.1.0/24" in ways(node), "the way to what may be claimed")
+        node.wait_for(lambda: bool(node.api.objects.events), "an event")
+        assert "198.51.100." not in ways(node)
+        assert node.pings(pod, "198.51.100.1")
+        assert told(node) == ("PodCIDRRefused", f"node thief: pod CIDR 198.51.100.0/24 {OUTSIDE}")
+        assert node.metrics()[("podlane_cluster_nodes_refused", ())] == 1
+        assert node.get("/readyz")[0] == 200
+        node.register("10.78.0.0/24", V6)
+        why = f"pod CIDR 10.78.0.0/24 {OUTSIDE}"
+        node.wait_for(lambda: node.status() == (50, why), "STATUS to say 50")
+        assert_refused(add(node, node.add_netns("b")), 11, why)
+        node.wait_for(lambda: told(node) == ("PodCIDRConflict", why), "an event about the own one")
+        assert all(node.pings(pod, each) for each in ("192.0.2.10", "198.51.100.1"))
+
+
+def told(node: Node) -> tuple[str, str]:
+    """Return reason and message of the last event, but for those of pods that a new pod CIDR has left behind."""
+    event = [each for each in node.api.objects.events if each["reason"] != "PodsOutsidePodCIDR"][-1]
+    return event["reason"], event["message"]
 
 
 def test_a_tunnel_port_that_is_taken(node: Node) -> None:

@@ -219,7 +219,7 @@ class MemoryDevices:
 class World:
     """A loop over a real store and a kernel in memory."""
 
-    def __init__(self, directory: Path, *, resync_seconds: float = 0.02) -> None:
+    def __init__(self, directory: Path, *, resync_seconds: float = 0.02, patience_seconds: float = 600) -> None:
         ranges = [Range.of(ip_network(subnet)) for subnet in ("10.0.0.0/24", "fd00::/64")]
         self.subnets = [each.subnet for each in ranges]
         self.store = Store(directory / "ipam.db", ranges, "boot")
@@ -256,6 +256,7 @@ class World:
             settle=self.settle,
             outside=self._tell_outside,
             resync_seconds=resync_seconds,
+            patience_seconds=patience_seconds,
         )
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, ip_address, ip_network
 
 import pytest
 from hypothesis import given
@@ -43,11 +43,14 @@ def test_every_prefix_that_is_refused_is_told() -> None:
     assert "10.0.1.0/25 overlaps with 10.0.1.0/24" in told
 
 
-CIDRS = st.builds(
-    lambda address, length: ip_network((address, length), strict=False),
-    st.integers(0, 2**32 - 1),
-    st.integers(4, 28),
-)
+def cidrs_of(lengths: st.SearchStrategy[int]) -> st.SearchStrategy[IPv4Network]:
+    """Make prefixes of these lengths."""
+    return st.builds(
+        lambda address, length: IPv4Network((address, length), strict=False), st.integers(0, 2**32 - 1), lengths
+    )
+
+
+CIDRS = cidrs_of(st.integers(4, 28))
 
 
 @given(st.lists(CIDRS, max_size=12))
@@ -75,6 +78,40 @@ def test_nobody_has_what_is_no_nodes(cidr: str) -> None:
     assert "which is no node's" in cluster.refused["a"]
 
 
+BOUNDS = (ip_network("10.0.0.0/16"), ip_network("10.1.0.0/24"), ip_network("fd00::/48"))
+
+
+@pytest.mark.parametrize(
+    ("cidr", "is_kept"),
+    [
+        *((each, True) for each in ("10.0.0.0/16", "10.0.255.0/24", "10.1.0.255/32", "fd00:0:0:ffff::/64")),
+        *((each, False) for each in ("10.0.0.0/15", "10.1.0.0/23", "10.1.1.0/24", "fd00:0:1::/64", "192.0.2.0/24")),
+    ],
+)
+def test_the_clusters_prefixes_bound_the_pod_cidrs(cidr: str, is_kept: bool) -> None:
+    """A pod CIDR, of the own node or another, that is not within one of the cluster's is refused, with what to do."""
+    nodes = [node("a", cidr, "10.1.0.0/25"), node("b", "fd00:0:0:b::/64")]
+    why = f"pod CIDR {cidr} is not within cluster_cidrs (10.0.0.0/16, 10.1.0.0/24, fd00::/48): extend these if it is"
+    settled = nodes[0] if is_kept else node("a", "10.1.0.0/25")
+    own, other = (settle(nodes, name, BOUNDS, live=True) for name in "ab")
+    assert own.own == other.peers[0] == settled
+    assert own.refused.get("a", "").startswith(why) is not is_kept
+    assert own.refused == other.refused
+    assert (own.outlying, other.outlying) == ({}, {} if is_kept else own.refused)
+
+
+@given(st.lists(CIDRS, max_size=12), st.lists(cidrs_of(st.integers(1, 6)), min_size=1, max_size=3))
+def test_what_lies_outside_is_in_nobodys_way(cidrs: list[IPv4Network], bounds: list[IPv4Network]) -> None:
+    """Where the cluster's prefixes are known, the others fare as if what lies outside of these were not claimed."""
+    nodes = [node(f"n{index:02}", str(cidr)) for index, cidr in enumerate(cidrs)]
+    outside = {each.name for each, cidr in zip(nodes, cidrs, strict=True) if not any(map(cidr.subnet_of, bounds))}
+    honest = [node(each.name) if each.name in outside else each for each in nodes]
+    bounded, unclaimed = settle(nodes, "n00", bounds, live=True), settle(honest, "n00", live=True)
+    assert (bounded.own, bounded.peers) == (unclaimed.own, unclaimed.peers)
+    assert bounded.refused.keys() == unclaimed.refused.keys() | outside
+    assert bounded.outlying.keys() == outside - {"n00"}
+
+
 @pytest.mark.parametrize("created", ["2025-01-01T00:00:00Z", "2027-01-01T00:00:00Z"])
 def test_an_address_of_anothers_pods_is_not_believed(created: str) -> None:
     """A node, old or young, that names an address of another node's pods as its own has not got it; the rest stays."""
@@ -99,7 +136,10 @@ def test_so_many_addresses_count() -> None:
 
 
 def test_a_pod_cidr_in_which_nodes_live() -> None:
-    """A young node that is given the nodes' own network for its pods is refused it, and takes nobody's address."""
+    """A young node that is given the nodes' own network for its pods is refused it, and takes nobody's address.
+
+    That is no excuse for what lies outside of the cluster's prefixes.
+    """
     cidrs = [(ip_network(f"10.0.{number}.0/24"),) for number in (1, 2, 50)]
     nodes = [
         ClusterNode(name, (ip_address(f"10.0.50.{number}"),), cidrs[number], f"2026-01-0{number + 1}T00:00:00Z")
@@ -109,6 +149,9 @@ def test_a_pod_cidr_in_which_nodes_live() -> None:
     assert cluster.peers == tuple(nodes[:2])
     assert cluster.own == replace(nodes[2], pod_cidrs=())
     assert cluster.refused == {"c": "pod CIDR 10.0.50.0/24 has addresses of older nodes in it, a among them"}
+    bounded = settle([*nodes, node("d", "192.0.2.0/24", created=nodes[2].created)], "c", BOUNDS, live=True)
+    assert bounded.refused.keys() == {"c", "d"}
+    assert (*bounded.peers, bounded.own) == (*nodes[:2], node("d", created=nodes[2].created), cluster.own)
 
 
 def test_only_a_report_that_changes_something_is_passed_on() -> None:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from agent import config as module
-from agent.config import Config, ConfigError, Paths, Subnet, load
+from agent import config, sections
+from agent.config import Config, ConfigError, load
+from agent.sections import Paths, Subnet
 
 
 @pytest.fixture
@@ -130,6 +131,14 @@ def test_everything_can_be_set(file: Path) -> None:
             "ranges: [{subnet: 10.0.0.0/24}, {subnet: 10.1.0.0/24}, {subnet: 10.0.0.128/25}]",
             "ranges: 10.0.0.0/24 and 10.0.0.128/25 overlap (given: [",
         ),
+        ("cluster_cidrs: []", "cluster_cidrs: give at least one prefix, or leave the key out: any may be a node"),
+        ("cluster_cidrs: [10.0.0.1/8]", "cluster_cidrs.0: 10.0.0.1/8 has host bits set (given: '10.0.0.1/8')"),
+        ("cluster_cidrs: ['::ffff:a00:0/120']", "cluster_cidrs.0: ::ffff:a00:0/120 means IPv4 addresses"),
+        (
+            "cluster_cidrs: [10.0.0.0/8, 'fd00::/16', 10.244.0.0/16]",
+            "cluster_cidrs: 10.0.0.0/8 and 10.244.0.0/16 overlap (given: [",
+        ),
+        ("cluster_cidrs: ['fd00::/48', 'fd00::/48']", "cluster_cidrs: fd00::/48 and fd00::/48 overlap (given: ["),
         ("network: a/b", r"network: String should match pattern '^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$' (given: 'a/b')"),
         ("mtu: -1", "mtu: Input should be greater than or equal to 0 (given: -1)"),
         ("mtu: 65536", "mtu: Input should be less than or equal to 65535 (given: 65536)"),
@@ -203,13 +212,16 @@ def test_nothing_can_be_changed_later() -> None:
 
 def test_every_field_is_documented() -> None:
     """Under every field of every model there is a docstring: the file's reference has no gaps."""
+    modules = (config, sections)
     models = {
         name: model
+        for module in modules
         for name, model in vars(module).items()
         if inspect.isclass(model) and issubclass(model, BaseModel) and model.__module__ == module.__name__
     }
     documented = {
         f"{definition.name}.{field.target.id}"
+        for module in modules
         for definition in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(definition, ast.ClassDef)
         for field, following in zip(definition.body, definition.body[1:], strict=False)
@@ -221,7 +233,7 @@ def test_every_field_is_documented() -> None:
     }
     fields = {f"{name}.{field}" for name, model in models.items() for field in model.model_fields}
     assert fields == documented
-    assert "Config.mtu" in fields
+    assert {"Config.mtu", "Masquerade.udp"} <= fields
 
 
 def test_kubernetes_takes_the_place_of_ranges(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +250,16 @@ def test_kubernetes_takes_the_place_of_ranges(file: Path, monkeypatch: pytest.Mo
         load(file)
     monkeypatch.delenv("NODE_NAME")
     assert Config().node_name == socket.gethostname().lower()
+
+
+def test_the_clusters_prefixes(file: Path) -> None:
+    """The own ranges have to be in the cluster's prefixes, where no Kubernetes assigns them."""
+    for text in ("ranges: [{subnet: 10.0.0.0/24}]", "kubernetes: {}"):
+        file.write_text(f"cluster_cidrs: [10.0.0.0/23]\n{text}")
+        assert load(file).cluster_cidrs == (ip_network("10.0.0.0/23"),)
+    file.write_text("cluster_cidrs: [10.244.0.0/16]")
+    with pytest.raises(ConfigError, match=r"\(10.244.0.0/16\) lack this node's range fd00:10:244::/64"):
+        load(file)
 
 
 def test_kubernetes_takes_the_place_of_nodes(file: Path) -> None:

@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 def reports(path: Path) -> tuple[ListedNodes, list[list[ClusterNode]]]:
     """Return the list, and what it has reported."""
     told: list[list[ClusterNode]] = []
-    return ListedNodes(load(path), path, lambda nodes: told.append(list(nodes))), told
+    return ListedNodes(load(path), path, lambda nodes, _cidrs: told.append(list(nodes))), told
 
 
 def test_reported_at_once(path: Path) -> None:
@@ -61,7 +61,7 @@ def test_without_a_file() -> None:
     from agent.config import Config
 
     told: list[object] = []
-    listed = ListedNodes(Config(), None, told.append)
+    listed = ListedNodes(Config(), None, lambda nodes, _cidrs: told.append(nodes))
     listed.poll()
     assert len(told) == 1
 
@@ -76,6 +76,16 @@ def test_changes(path: Path) -> None:
     assert [[node.name for node in each] for each in told] == [["n1", "n2"], ["n1"]]
 
 
+def test_bounds(path: Path) -> None:
+    """Other prefixes of the cluster are reported with the nodes, once; what lacks the own range changes nothing."""
+    told: list[tuple[str, ...]] = []
+    listed = ListedNodes(load(path), path, lambda _nodes, cidrs: told.append(tuple(map(str, cidrs))))
+    for cidrs in (["10.240.0.0/12"], ["10.240.0.0/12"], ["10.240.0.0/16"], ["10.240.0.0/13"]):
+        write(path, [OWN, OTHER], cluster_cidrs=cidrs)
+        listed.poll()
+    assert told == [(), ("10.240.0.0/12",), ("10.240.0.0/13",)]
+
+
 def test_other_changes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another key needs a start of the agent; the log says so, once."""
     listed, told = reports(path)
@@ -85,7 +95,7 @@ def test_other_changes(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         listed.poll()
     assert len(told) == 1
     assert [record.message for record in caplog.records] == [
-        "the configuration has changed: all but its nodes takes effect when the agent starts again"
+        "the configuration has changed: all but its nodes and cluster_cidrs takes effect when the agent starts again"
     ]
 
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from agent.config import Config, Masquerade
+from agent.config import Config
 from agent.ipmasq import Rules
 from agent.masquerade import flow_limit, inline_rules, lanes, map_sizes, prefixes, settings
 from agent.netlink.sysctl import with_range
+from agent.sections import Masquerade
 from agent.state import Address, Lanes, Network
 
 NATIVE, STACK, BOTH, NEITHER = Lanes(native=True), Lanes(stack=True), Lanes(native=True, stack=True), Lanes()
