@@ -79,9 +79,10 @@ class Hold:
 
     def arrange(self, step: int) -> None:
         """Have the next call wait before this step; with 0 it does not, and the log tells which steps there were."""
-        self._step.value = step
+        self._step.value = 0  # nobody is held at the former step while it is made ready for this one
         self._is_held.clear()
         self._may_go.clear()
+        self._step.value = step
 
     def wait_held(self) -> None:
         """Wait until the call waits."""
