@@ -132,7 +132,7 @@ def read_page(answer: bytes, own_name: str) -> Page:
     return Page(nodes, own, page.metadata.resource_version, page.metadata.continue_)
 
 
-def read_change(line: str, own_name: str) -> Change:
+def read_change(line: bytes, own_name: str) -> Change:
     """Read an event of a watch. Raises ApiError, and Gone if the watch began too far back."""
     change = _decode(line, _Change)
     if change.type == "ERROR":
@@ -147,7 +147,7 @@ def read_change(line: str, own_name: str) -> Change:
     return Change(version, node.of_cluster(), own, is_deleted=change.type == "DELETED")
 
 
-def _decode(content: bytes | str | msgspec.Raw, kind: type[T]) -> T:
+def _decode(content: bytes | msgspec.Raw, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.DecodeError as error:

@@ -70,6 +70,14 @@ def test_changes_are_followed(server: ApiServer, following: Following) -> None:
     assert [each.query["resourceVersion"] for each in server.requests("WATCH")] == ["1003"]
 
 
+def test_a_line_ends_by_a_newline_only(server: ApiServer, following: Following) -> None:
+    """Characters that Python takes for the end of a line, too, are part of an object as any others (RFC 8259)."""
+    node = make_node("node-007")
+    node["metadata"]["annotations"]["words"] = "one\u0085two\u2028three"
+    server.objects.put(node)
+    following.wait_until_known("node-000", "node-001", "node-002", "node-007")
+
+
 def test_many_changes_make_few_reports(server: ApiServer, following: Following) -> None:
     """Changes in quick succession share reports."""
     before = len(following.reports)
