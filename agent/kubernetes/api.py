@@ -96,7 +96,7 @@ class Api:
             _translated(f"GET {path}"),
             self._http.stream("GET", path, params=dict(query), timeout=timeout) as response,
         ):
-            if response.is_error:
+            if not response.is_success:
                 response.read()
                 _check(response)
             yield _lines(response.iter_bytes())
@@ -153,7 +153,7 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _check(response: httpx2.Response) -> None:
-    if not response.is_error:
+    if response.is_success:  # nor is a redirection an answer: none is followed, for who asks sends a token
         return
     kind = {_CONFLICT: Conflict, _GONE: Gone}.get(response.status_code, ApiError)
     request = response.request
