@@ -156,14 +156,21 @@ def _decode(content: bytes | msgspec.Raw, kind: type[T]) -> T:
 
 def _address(text: str) -> Address | None:
     try:
-        return ip_address(text)
+        return ip_address(_without_zone(text))
     except ValueError:  # in the API any text is allowed
         return None
 
 
+def _without_zone(text: str) -> str:
+    """Return the text; raise ValueError if it has a zone, which makes another address of it than the kernel tells."""
+    if "%" in text:
+        raise ValueError(f"{text!r} has a zone (RFC 4007), which means nothing on other nodes")
+    return text
+
+
 def _network(name: str, cidr: str) -> Network | None:
     try:
-        return ip_network(cidr, strict=False)  # the API does not mind bits of hosts
+        return ip_network(_without_zone(cidr), strict=False)  # the API does not mind bits of hosts
     except ValueError as error:
         log.warning("a pod CIDR is of no use node=%s: %s", name, error)
         return None

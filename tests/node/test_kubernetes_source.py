@@ -38,7 +38,7 @@ def test_a_node_that_says_less(server: ApiServer, following: Following) -> None:
             "spec": {"podCIDRs": None},
             "status": {"addresses": None},
         },
-        make_node("odd", ["nonsense", "10.9.0.7/24"], ["not-an-address", "192.168.9.9"]),
+        make_node("odd", ["nonsense", "10.9.0.7/24", "fd00::%1/64"], ["not-an-address", "192.168.9.9", "fd01::1%eth0"]),
     )
     following.wait_for(lambda: len(following.nodes) == 6, "six nodes")
     assert following.nodes["bare"] == ClusterNode("bare")
