@@ -67,15 +67,20 @@ def start_doomed(node: Machine, command: str, container: str, step: int, *, wait
 
 
 class Hold:
-    """Where the calls of one container are to wait, between the agent's process and the test's."""
+    """Where the calls of one container are to wait, between the agent's process and the test's.
 
-    def __init__(self) -> None:
-        self._step = _CONTEXT.Value("i", 0)
+    Which step has what number is not the same in all calls: what the loop does by itself meanwhile counts, too. So
+    whether a call has come as far as the step that is called `mark` is told apart.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self._mark = mark
+        self._step, self._is_marked = _CONTEXT.Value("i", 0), _CONTEXT.Value("b", 0)
         self._is_held, self._may_go = _CONTEXT.Event(), _CONTEXT.Event()
 
     def arrange(self, step: int) -> None:
         """Have the next call wait before this step; with 0 it does not, and the log tells which steps there were."""
-        self._step.value = step
+        self._step.value, self._is_marked.value = step, 0
         self._is_held.clear()
         self._may_go.clear()
 
@@ -83,12 +88,19 @@ class Hold:
         """Wait until the call waits."""
         assert self._is_held.wait(START_SECONDS), f"nobody came to step {self._step.value}"
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether the call that waits has come to the marked step, which it has done or will do next."""
+        return bool(self._is_marked.value)
+
     def let_go(self) -> None:
         """Let it go on."""
         self._may_go.set()
 
     def pass_by(self, number: int, what: str) -> None:
         """Be the agent that comes to a step."""
+        if what == self._mark:
+            self._is_marked.value = 1
         if number == self._step.value:
             self._is_held.set()
             self._may_go.wait(START_SECONDS)
@@ -96,9 +108,9 @@ class Hold:
             Steps.log(number, what)
 
 
-def start_held(node: Machine, command: str, container: str) -> Hold:
+def start_held(node: Machine, command: str, container: str, mark: str) -> Hold:
     """Start a node's agent, whose calls of this kind can be held at any step, and wait until it is ready."""
-    hold = Hold()
+    hold = Hold(mark)
     _start(node, partial(_be_held, command, container, hold))
     node.wait_ready()
     return hold

@@ -15,6 +15,8 @@ from tests.node.machine import Netns, TestPod
 from tests.node.steps import labels
 from tests.node.verbs import add, assert_refused, delete
 
+COMMIT = "Connection.execute in Store.activate"
+"""The step from which on the node's pod CIDRs make no difference to an ADD."""
 PREFIXES = (("10.77.0.", "fd00:77::"), ("10.78.0.", "fd00:78::"))
 """Of addresses in the pod CIDRs that the node has in turn."""
 
@@ -25,29 +27,31 @@ def test_the_pod_cidr_changes_during_add(tmp_path: Path) -> None:
     with api_node(tmp_path) as node, ThreadPoolExecutor() as runtime:
         register(node, PREFIXES[0])
         netns = node.add_netns("held")
-        hold = start_held(node, "ADD", netns.name)
+        hold = start_held(node, "ADD", netns.name, COMMIT)
         old = node.make_pod("old")
         before = node.traces()
-        steps = steps_of_add(node, netns)
-        committed = steps.index("Connection.execute in Store.activate") + 1
-        for step, prefixes in zip(firsts(steps), cycle(reversed(PREFIXES)), strict=False):
+        seen = set()
+        for step, prefixes in zip(firsts(steps_of_add(node, netns)), cycle(reversed(PREFIXES)), strict=False):
             hold.arrange(step)
             call = runtime.submit(add, node, netns)
             hold.wait_held()
+            is_committed = hold.is_marked
+            seen.add(is_committed)
             change(node, prefixes)
             hold.let_go()
             outcome = call.result()
-            if step < committed:
+            if not is_committed:
                 assert_refused(outcome, 11, "the node's pod CIDRs have changed")
                 assert node.traces() == before
                 outcome = add(node, netns)
             assert outcome.exit_code == 0, outcome.stdout
             pod = TestPod(netns, netns.name, outcome.json())
             of_now = [each.startswith(prefix) for each, prefix in zip(pod.addresses, prefixes, strict=True)]
-            assert of_now == [step < committed] * 2
+            assert of_now == [not is_committed] * 2
             assert all(node.pings(old, each, count=1) for each in pod.addresses)
             delete(node, netns)
             assert node.traces() == before
+        assert seen == {False, True}
 
 
 def steps_of_add(node: Node, netns: Netns) -> list[str]:
