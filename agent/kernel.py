@@ -28,7 +28,11 @@ def open_tables(
     node_cgroup: Path | None,
     former: Collection[Address],
 ) -> Tables:
-    """Return all tables of the loop; those in maps are of that datapath. `former`: see `EndpointTable`."""
+    """Return all tables of the loop; those in maps are of that datapath. `former`: see `EndpointTable`.
+
+    Raises KernelError.
+    """
+    netlink.adopt_peer_routes()
     maps, constants = datapath.maps, datapath.constants
     lanes = {name: constants[f"PREFIX_{name.upper()}"] for name in ("native", "stack", "node")}
     other_protocols = {name: constants[f"OTHER_{name.upper()}"] for name in get_args(OtherProtocols)}

@@ -151,6 +151,8 @@ def _start(parts: _Parts, config_path: Path | None) -> _Running:
 
 
 def _load_datapath(config: Config, metrics: Metrics) -> loader.Datapath:
+    if refusal := requirements.refusal(os.uname().version):
+        raise KernelError(refusal)
     with _timed("compile", metrics):
         program = cache.compiled(config.paths.bpf_source, config.paths.state / "cache", defines={})
     with _timed("load", metrics):

@@ -86,6 +86,8 @@ class Remembered:
                 if self._failure != str(error):
                     log.error("cannot remember who is in the cluster path=%s error=%r", self._path, str(error))
                 self._failure = str(error)
+                self._nodes = nodes
+                self._news.set()
                 return
             self._failure = ""
 

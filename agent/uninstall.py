@@ -103,6 +103,7 @@ def _hooks(config: Config) -> Iterator[str]:
 
 
 def _entries(_: Config) -> Iterator[str]:
+    netlink.adopt_peer_routes()
     tables: dict[str, Table[Any, Any]] = {
         "neighbours": netlink.NeighbourTable(),
         "routes to pods": netlink.RouteTable(),

@@ -58,8 +58,9 @@ struct packet {
 
 /*
  * One entry: what this CPU's program finds out about its packet. With softirqs off, as hooks run, no other packet comes
- * before it is done. It is in a map rather than on the stack since of values in a map the verifier remembers nothing:
- * it follows each path once, not once for each combination of what was found out before, a fifteenth of the work.
+ * before it is done (but with PREEMPT_RT, where the agent does not start). It is in a map rather than on the stack
+ * since of values in a map the verifier remembers nothing: it follows each path once, not once for each combination of
+ * what was found out before, a fifteenth of the work.
  */
 BPF_TABLE("percpu_array", __u32, struct packet, packets, 1);
 

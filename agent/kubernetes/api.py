@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -86,7 +86,7 @@ class Api:
         self._request("POST", path, {}, it, "application/json")
 
     @contextmanager
-    def stream(self, path: str, query: Mapping[str, str], seconds: float) -> Iterator[Iterator[str]]:
+    def stream(self, path: str, query: Mapping[str, str], seconds: float) -> Iterator[Iterator[bytes]]:
         """Yield the lines of an answer as they come, the last one after at most so many seconds of silence.
 
         Raises ApiError and Gone, also while the lines are read.
@@ -96,10 +96,10 @@ class Api:
             _translated(f"GET {path}"),
             self._http.stream("GET", path, params=dict(query), timeout=timeout) as response,
         ):
-            if response.is_error:
+            if not response.is_success:
                 response.read()
                 _check(response)
-            yield response.iter_lines()
+            yield _lines(response.iter_bytes())
 
     def _request(
         self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None = None, kind: str = ""
@@ -135,8 +135,25 @@ def _translated(what: str) -> Iterator[None]:
         raise ApiError(f"{what}: cannot understand it: {error!r}") from error
 
 
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of what comes in pieces.
+
+    They end by a newline only: httpx's `iter_lines` splits at what else may end lines in Unicode, and any Node may have
+    that in an annotation.
+    """
+    begun: list[bytes] = []
+    for piece in pieces:
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            yield b"".join((*begun, end))
+            begun.clear()
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield last
+
+
 def _check(response: httpx2.Response) -> None:
-    if not response.is_error:
+    if response.is_success:  # nor is a redirection an answer: none is followed, for who asks sends a token
         return
     kind = {_CONFLICT: Conflict, _GONE: Gone}.get(response.status_code, ApiError)
     request = response.request

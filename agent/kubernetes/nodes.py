@@ -132,7 +132,7 @@ def read_page(answer: bytes, own_name: str) -> Page:
     return Page(nodes, own, page.metadata.resource_version, page.metadata.continue_)
 
 
-def read_change(line: str, own_name: str) -> Change:
+def read_change(line: bytes, own_name: str) -> Change:
     """Read an event of a watch. Raises ApiError, and Gone if the watch began too far back."""
     change = _decode(line, _Change)
     if change.type == "ERROR":
@@ -147,7 +147,7 @@ def read_change(line: str, own_name: str) -> Change:
     return Change(version, node.of_cluster(), own, is_deleted=change.type == "DELETED")
 
 
-def _decode(content: bytes | str | msgspec.Raw, kind: type[T]) -> T:
+def _decode(content: bytes | msgspec.Raw, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.DecodeError as error:
@@ -156,14 +156,21 @@ def _decode(content: bytes | str | msgspec.Raw, kind: type[T]) -> T:
 
 def _address(text: str) -> Address | None:
     try:
-        return ip_address(text)
+        return ip_address(_without_zone(text))
     except ValueError:  # in the API any text is allowed
         return None
 
 
+def _without_zone(text: str) -> str:
+    """Return the text; raise ValueError if it has a zone, which makes another address of it than the kernel tells."""
+    if "%" in text:
+        raise ValueError(f"{text!r} has a zone (RFC 4007), which means nothing on other nodes")
+    return text
+
+
 def _network(name: str, cidr: str) -> Network | None:
     try:
-        return ip_network(cidr, strict=False)  # the API does not mind bits of hosts
+        return ip_network(_without_zone(cidr), strict=False)  # the API does not mind bits of hosts
     except ValueError as error:
         log.warning("a pod CIDR is of no use node=%s: %s", name, error)
         return None

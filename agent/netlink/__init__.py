@@ -31,7 +31,7 @@ from agent.netlink.ends import pod_macs
 from agent.netlink.monitor import Monitor
 from agent.netlink.netns import is_netns, netns_cookie, own_netns_cookie, same_netns
 from agent.netlink.paths import path_mtus
-from agent.netlink.peers import PeerRouteTable
+from agent.netlink.peers import PeerRouteTable, adopt_peer_routes
 from agent.netlink.pods import (
     InterfaceExists,
     configure_pod,
@@ -63,6 +63,7 @@ __all__ = [
     "RouteTable",
     "SubnetTable",
     "TunnelDeviceTable",
+    "adopt_peer_routes",
     "configure_pod",
     "create_pair",
     "create_shaper",

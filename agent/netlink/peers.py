@@ -17,6 +17,7 @@ from agent.netlink.rtnl import (
     CHANGE,
     FAMILY,
     PEER_PROTOCOL,
+    PROTOCOL,
     ROUTE,
     RT_SCOPE_UNIVERSE,
     RT_TABLE_MAIN,
@@ -75,6 +76,21 @@ class PeerRouteTable:
         """Delete podlane's routes to the given prefixes; one that is already gone counts as deleted."""
         keys = list(keys)
         return each(keys, (_delete(network) for network in keys))
+
+
+def adopt_peer_routes() -> None:
+    """Take over the routes that an earlier agent made, under the number of routes to pods. Raises KernelError.
+
+    Else they would be in the way of those to be made, and stay when their node has gone or moved.
+    """
+
+    def decode(packed: bytes, length: int, route: Mapping[int, bytes]) -> tuple[Prefix, PeerRoute] | None:
+        is_to_pod = length == 8 * len(packed)
+        return None if is_to_pod else (Prefix.pack(packed, length), _way(route).route())
+
+    former = dict(own_routes(PROTOCOL, RTN_UNICAST, decode))
+    for failure in each(former, [_add(prefix, route, CHANGE) for prefix, route in former.items()]).values():
+        raise failure
 
 
 class _Way(NamedTuple):

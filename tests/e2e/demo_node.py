@@ -15,6 +15,7 @@ from tests.e2e.containerd import ContainerdError, Pod
 from tests.e2e.remains import Remains
 from tests.e2e.story import Story
 from tests.e2e.world import world_server
+from tests.support import birth
 
 _PICTURE = """\
 podlane: real pods, wired by eBPF
@@ -182,6 +183,7 @@ class _Steps:
         with story.step("The agent is killed. The pods do not notice"):
             assert node.agent is not None
             pid = node.agent.pid
+            began = birth(pid)
             story.command("a", f"ping -c {_PINGS} -i {_PING_PAUSE} {b.ips[0]} &")
             with ThreadPoolExecutor(1) as pool:
                 pings = pool.submit(a.exec, ["ping", "-c", str(_PINGS), "-i", _PING_PAUSE, b.ips[0]])
@@ -189,7 +191,7 @@ class _Steps:
                 story.fact("pings under way", expected=True, seen=not pings.done(), shown="the pings are under way")
                 story.command("node", f"kill -KILL {pid}")
                 node.kill_agent()
-                alive = Path(f"/proc/{pid}").exists()
+                alive = birth(pid) == began
                 story.fact("the agent is alive", expected=False, seen=alive, shown=f"process {pid} is gone")
                 result = story.find("a summary of the pings", ".*packets transmitted.*", pings.result().stdout)
             lost = story.find("packet loss", r"(\d+)% packet loss", result)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from tests.e2e.box import cgroups_named
 from tests.e2e.containerd import Containerd, ContainerdError, Pod
 from tests.e2e.cri import CriError
+from tests.support import birth
 
 pytestmark = pytest.mark.root
 
@@ -98,16 +100,24 @@ def fetch(client: Pod, address: str) -> str:
     return result.stdout.strip()
 
 
-@contextmanager
-def pid_namespace_of(pid: int) -> Iterator[int]:
-    """Hold a process' PID namespace, and yield a descriptor of it.
+class Traced(NamedTuple):
+    """A process, when it began, and a descriptor of its PID namespace."""
 
-    The kernel gives the inode number of one that is gone to the next that anybody makes: it is only told from others
-    as long as it is held.
+    pid: int
+    began: str
+    pid_namespace: int
+
+
+@contextmanager
+def traced(pid: int) -> Iterator[Traced]:
+    """Hold a process' PID namespace, and yield what tells both from others.
+
+    The kernel gives the inode number of a namespace that is gone to the next that anybody makes: it is only told from
+    others as long as it is held.
     """
     descriptor = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY)
     try:
-        yield descriptor
+        yield Traced(pid, birth(pid), descriptor)
     finally:
         os.close(descriptor)
 
@@ -122,11 +132,11 @@ def processes_in(pid_namespace: int) -> list[int]:
     return found
 
 
-def assert_nothing_left(node: Node, runtime: Containerd, pid_namespace: int) -> None:
-    """Compare the machine with what it was before `runtime` ran in `pid_namespace`."""
-    assert processes_in(pid_namespace) == []
+def assert_nothing_left(node: Node, runtime: Containerd, process: Traced) -> None:
+    """Compare the machine with what it was before `runtime` ran, which was this process."""
+    assert processes_in(process.pid_namespace) == []
     assert str(node.directory) not in Path("/proc/self/mountinfo").read_text()
-    assert not Path(f"/proc/{runtime.pid}").exists()
+    assert birth(process.pid) != process.began
     assert cgroups_named(runtime.cgroup) == []
     assert sorted(path.name for path in node.directory.iterdir()) == ["bin", "ipam", "net.d"]
     assert sorted(path.name for path in node.bin_dir.iterdir()) == ["bridge", "host-local"]
@@ -181,10 +191,10 @@ def test_stop_leaves_nothing(node: Node) -> None:
         with node.containerd() as runtime:
             runtime.wait_ready()
             runtime.run_pods(3)
-            pid_namespace = held.enter_context(pid_namespace_of(runtime.pid))
-            assert len(processes_in(pid_namespace)) > 3  # containerd and shims; containers are in the cgroups
+            process = held.enter_context(traced(runtime.pid))
+            assert len(processes_in(process.pid_namespace)) > 3  # containerd and shims; containers are in the cgroups
             assert cgroups_named(runtime.cgroup) != []
-        assert_nothing_left(node, runtime, pid_namespace)
+        assert_nothing_left(node, runtime, process)
     assert node.leases() == set()
 
 
@@ -195,9 +205,9 @@ def test_a_killed_containerd_leaves_nothing(node: Node) -> None:
         with node.containerd() as runtime:
             runtime.wait_ready()
             runtime.run_pods(2)
-            pid_namespace = held.enter_context(pid_namespace_of(runtime.pid))
+            process = held.enter_context(traced(runtime.pid))
             os.kill(runtime.pid, signal.SIGKILL)
-        assert_nothing_left(node, runtime, pid_namespace)
+        assert_nothing_left(node, runtime, process)
 
 
 def test_a_killed_harness_leaves_nothing(node: Node) -> None:
@@ -221,11 +231,11 @@ sys.stdin.read()
         assert harness.stdout
         runtime = node.containerd()
         runtime.pid = int(harness.stdout.readline())
-        with pid_namespace_of(runtime.pid) as pid_namespace:
+        with traced(runtime.pid) as process:
             harness.kill()
             eventually(lambda: not (node.directory / "containerd").exists())
             (node.bin_dir / "loopback").unlink()
-            assert_nothing_left(node, runtime, pid_namespace)
+            assert_nothing_left(node, runtime, process)
 
 
 def test_two_at_once(tmp_path: Path) -> None:

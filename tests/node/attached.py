@@ -41,13 +41,13 @@ def filters(node: Machine, device: str, direction: str) -> list[str]:
 
 def wait_attached(node: Machine, device: str) -> None:
     """Wait until exactly one program runs at each hook of a device."""
-    node.wait_for(lambda: programs(node, device) == {"ingress": 1, "egress": 1}, "one program at each hook", 5)
+    node.wait_for(lambda: programs(node, device) == {"ingress": 1, "egress": 1}, "one program at each hook")
 
 
 def wait_settled(node: Machine) -> None:
     """Wait until no hook is left that an earlier agent attached the other way."""
     by_links = "links" if "hooks: tcx" in node.config.read_text() else "filters"
-    node.wait_for(lambda: way(node, "uplink") == {by_links}, "one way to attach", 10)
+    node.wait_for(lambda: way(node, "uplink") == {by_links}, "one way to attach")
 
 
 def way(node: Machine, device: str) -> set[str]:

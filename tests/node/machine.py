@@ -221,7 +221,7 @@ class Machine:
         """SIGTERM the agent and return its exit status."""
         assert self.agent is not None
         self.agent.terminate()
-        status = self.agent.wait(timeout=10)
+        status = self.agent.wait(timeout=START_SECONDS)
         self.agent = None
         return status
 

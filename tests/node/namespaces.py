@@ -16,7 +16,7 @@ from typing import Any
 from agent.netlink.netns import CLONE_NEWNET, OWN_NETNS, in_netns
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-PATIENCE = 5.0  # seconds
+PATIENCE = 30.0  # seconds
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.node.machine import START_SECONDS, Machine, Netns, TestPod, run
@@ -202,6 +203,10 @@ class Nodes:
             member.start_agent(wait=False)
         for member in self.members:
             member.wait_ready(START_SECONDS * len(self.members))
+        for netns in (self.router, self.world, *(member.netns for member in self.members)):
+            self.members[FIRST].wait_for(
+                partial(_has_usable_addresses, netns), "link-local addresses, without which no neighbour is asked for"
+            )
 
     def tell(self, entries: Sequence[Entry] | None = None) -> None:
         """Tell every agent of these nodes, by default all there are."""
@@ -245,6 +250,11 @@ def _give(netns: Netns, device: str, link: str, last: int, families: Sequence[in
         address = f"{_SUBNETS[link][family]}{last}/{_BITS[family]}"
         netns.run("ip", "address", "add", address, "dev", device, *(["nodad"] if family == V6 else []))
     netns.run("ip", "link", "set", device, "up")
+
+
+def _has_usable_addresses(netns: Netns) -> bool:
+    """Say whether no IPv6 address waits any more for somebody else to say that it is theirs, as those of links do."""
+    return not netns.run("ip", "-6", "address", "show", "tentative").stdout
 
 
 def _more_icmp_errors(netns: Netns) -> None:

@@ -255,7 +255,7 @@ def test_firewall(node: Machine, netns: Netns) -> None:
     with attached(Chain(node, PODLANE, {"type": "firewall", "backend": "iptables"}), netns) as result:
         assert f"-s {addresses(result)[0]}/32 -j ACCEPT" in node.netns.run("iptables-save").stdout
         assert_reaches_world(netns)
-        netns.run(*by_the_stack)
+        netns.run(*by_the_stack, "-W", "5")
         assert other.netns.run(*by_the_stack, check=False).returncode == 1
         node.delete_pod(other)
     assert addresses(result)[0] not in node.netns.run("iptables-save").stdout

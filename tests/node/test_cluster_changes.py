@@ -16,7 +16,7 @@ from tests.node.traffic import lossless_traffic
 
 NEWCOMER = Entry("n9", ("192.0.2.99", "2001:db8::99"), ("10.244.9.0/24", "fd00:10:244:9::/64"))
 RATE = 400  # datagrams per second and flow, since several agents are to keep up beside them
-PATIENCE = 10.0  # seconds
+PATIENCE = 30.0  # seconds
 OTHER = {SECOND: FAR, FAR: SECOND}
 either = pytest.mark.parametrize("place", [SECOND, FAR])
 """A node on the first one's link, and one behind the router."""

@@ -62,7 +62,7 @@ class Crashes:
         node.start_agent()
         self.pods = (node.make_pod("a"), node.make_pod("b"))
         wait_settled(node, *self.pods)
-        self._seen[ALONE] = self.seen()
+        node.wait_for(self._is_at_rest, "all to come to rest")
         node.kill_agent()
 
     def _tell(self, nodes: Told) -> None:
@@ -72,12 +72,19 @@ class Crashes:
         if objects.nodes:
             objects.put(make_node("n", OWN[self._told == AFTER], ADDRESSES, age=age))
             time.sleep(0.1)  # the source has just reported that, so that it will wait until it has heard of all
-        for name in objects.nodes.keys() - {each.name for each in nodes}:
-            objects.delete(name)
-        objects.put(*(make_node(each.name, each.pod_cidrs, each.addresses, age=age) for each in nodes))
+        with objects.changed:  # or the source could hear of a part
+            for name in objects.nodes.keys() - {each.name for each in nodes}:
+                objects.delete(name)
+            objects.put(*(make_node(each.name, each.pod_cidrs, each.addresses, age=age) for each in nodes))
         self._told = nodes
 
-    def seen(self) -> object:
+    def _is_at_rest(self) -> bool:
+        """Note what is seen; say whether it is still so after a while: some things come after the routes."""
+        self._seen[self._told] = seen = self.seen()
+        time.sleep(0.5)
+        return seen["remembered"] == {None, *(each.name for each in self._told)} and self.seen() == seen
+
+    def seen(self) -> dict[str, object]:
         """Return all that depends on the cluster, but for programs, which move to their links by and by."""
         state = self.node.directory / "state"
         return {
@@ -100,8 +107,7 @@ class Crashes:
         self._begin(nodes, 0)
         self._tell(nodes)
         self.node.wait_for(lambda: ways(self.node) == wanted(nodes), "the node to follow its cluster")
-        time.sleep(0.5)  # for what comes after the routes
-        self._seen[nodes] = self.seen()
+        self.node.wait_for(self._is_at_rest, "all to come to rest")
         found = labels(self.node.log.read_text()[start:])
         self.node.kill_agent()
         chosen = [each for each in choose(found) if not re.search(without, found[each - 1])]

@@ -193,7 +193,7 @@ def test_pod_too_large(it: Mesh, kind: str) -> None:
 def assert_told(it: Mesh, kind: str, family: int) -> None:
     """Assert that the pods of the first and the far node are told what fits."""
     first, _, far = it.pods
-    ping = ("ping", "-c", "1", "-W", "1", "-M", "do", "-s", "1452", far.addresses[family])
+    ping = ("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "1452", far.addresses[family])
     refused = first.netns.run(*ping, check=False).stdout
     assert re.search(rf"mtu ?= ?{MTU[kind]}", refused), refused
     forget_mtu(first.netns)

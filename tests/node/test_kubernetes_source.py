@@ -38,7 +38,7 @@ def test_a_node_that_says_less(server: ApiServer, following: Following) -> None:
             "spec": {"podCIDRs": None},
             "status": {"addresses": None},
         },
-        make_node("odd", ["nonsense", "10.9.0.7/24"], ["not-an-address", "192.168.9.9"]),
+        make_node("odd", ["nonsense", "10.9.0.7/24", "fd00::%1/64"], ["not-an-address", "192.168.9.9", "fd01::1%eth0"]),
     )
     following.wait_for(lambda: len(following.nodes) == 6, "six nodes")
     assert following.nodes["bare"] == ClusterNode("bare")
@@ -68,6 +68,14 @@ def test_changes_are_followed(server: ApiServer, following: Following) -> None:
     following.wait_until_known("node-001", "node-002", "node-007")
     assert len(server.requests("LIST")) == 1
     assert [each.query["resourceVersion"] for each in server.requests("WATCH")] == ["1003"]
+
+
+def test_a_line_ends_by_a_newline_only(server: ApiServer, following: Following) -> None:
+    """Characters that Python takes for the end of a line, too, are part of an object as any others (RFC 8259)."""
+    node = make_node("node-007")
+    node["metadata"]["annotations"]["words"] = "one\u0085two\u2028three"
+    server.objects.put(node)
+    following.wait_until_known("node-000", "node-001", "node-002", "node-007")
 
 
 def test_many_changes_make_few_reports(server: ApiServer, following: Following) -> None:

@@ -66,9 +66,9 @@ def test_a_list_cut_in_mid_object(server: ApiServer) -> None:
     it.source.stop()
 
 
-@pytest.mark.parametrize("code", [429, 500])
+@pytest.mark.parametrize("code", [307, 429, 500])
 def test_an_unwell_server(server: ApiServer, code: int) -> None:
-    """Failures of the server are waited out, before the first list as well as later, and told in between."""
+    """Failures of the server, or of a proxy, are waited out, before the first list as well as later, and told of."""
     server.faults.refusals.extend([code] * 2)
     kubeconfig = server.write_kubeconfig()
     it = Following(lambda: Api(kubeconfig))

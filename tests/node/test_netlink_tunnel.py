@@ -159,6 +159,22 @@ class TestPeerRoutes:
         assert routes.delete(wanted) == {}
         assert routes.read() == {}
 
+    def test_of_an_earlier_agent(self, table: netlink.TunnelDeviceTable, uplink: int) -> None:
+        """Those that an earlier agent made under the number of routes to pods are taken over; pods' own are not."""
+        table.upsert({NAME: DEVICE})
+        run("ip route add 10.244.1.7 dev eth0 proto 112")
+        run(f"ip route add {V4} dev {NAME} src 192.0.2.10 mtu lock 1350 proto 112")
+        run(f"ip route add {V6} via {NEAR6} dev eth0 proto 112")
+        routes = netlink.PeerRouteTable()
+        netlink.adopt_peer_routes()
+        by_tunnel = PeerRoute(netlink.tunnel_index(), source=ip_address("192.0.2.10"), mtu=1350)
+        assert routes.read() == {V4: by_tunnel, V6: PeerRoute(uplink, NEAR6)}
+        assert run("ip route show proto 112").split()[0] == "10.244.1.7"
+        assert run("ip -6 route show proto 112") == ""
+        netlink.adopt_peer_routes()
+        assert routes.delete(routes.read()) == {}
+        assert routes.read() == {}
+
     def test_by_the_tunnel(self, table: netlink.TunnelDeviceTable, uplink: int) -> None:
         """Routes by the tunnel have the node's address and a locked MTU; one moves to a next hop and back."""
         table.upsert({NAME: DEVICE})

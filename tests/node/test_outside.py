@@ -77,7 +77,7 @@ def uplinks(node: Machine) -> set[tuple[str, ...]]:
 
 def wait_known(node: Machine, uplink: tuple[str, ...]) -> None:
     """Wait until the agent knows an uplink."""
-    node.wait_for(lambda: uplink in uplinks(node), f"the uplink {uplink}", 5)
+    node.wait_for(lambda: uplink in uplinks(node), f"the uplink {uplink}")
 
 
 def asked(pod: TestPod, to: Server) -> str:
@@ -136,7 +136,7 @@ def test_uplinks_come_and_go(node: Machine, pod: TestPod, far: Server) -> None:
             assert asked(pod, near) == "203.0.113.10"
             assert asked(pod, far) == NODE
         node.netns.run("ip", "link", "delete", "second")
-        node.wait_for(lambda: {each[0] for each in uplinks(node)} == {"uplink"}, "the second to be gone", 5)
+        node.wait_for(lambda: {each[0] for each in uplinks(node)} == {"uplink"}, "the second to be gone")
 
 
 def add_second(node: Machine, other: Netns) -> None:
@@ -226,7 +226,7 @@ def test_uplinks_by_name(node: Machine, pod: TestPod, far: Server) -> None:
         assert "no uplinks" in node.log_tail()
         assert asked(pod, far) == pod.addresses[0]  # by the stack, and the world knows the way
         node.netns.run("ip", "link", "set", "uplink", "name", "eth1")
-        node.wait_for(lambda: asked(pod, far) == NODE, "an uplink", 5)
+        node.wait_for(lambda: asked(pod, far) == NODE, "an uplink")
         node.netns.run("ip", "link", "set", "eth1", "name", "uplink")
 
 
@@ -274,14 +274,14 @@ def test_rules_of_ip_masq_agent(node: Machine, pod: TestPod, far: Server, tmp_pa
     rules, own = tmp_path / "rules", pod.addresses[0]
 
     def becomes(address: str) -> None:
-        node.wait_for(lambda: asked(pod, far) == address, f"{address} to be what the world sees", 5)
+        node.wait_for(lambda: asked(pod, far) == address, f"{address} to be what the world sees")
 
     with configured(node, masquerade={"config_file": str(rules)}):
         assert asked(pod, far) == NODE
         rules.write_text("nonMasqueradeCIDRs:\n- 198.51.100.0/24\n")
         becomes(own)
         rules.write_text('{"nonMasqueradeCIDRs": ["198.51.100.1/24"]}')
-        node.wait_for(lambda: "host bits set" in node.log.read_text(), "a complaint", 5)
+        node.wait_for(lambda: "host bits set" in node.log.read_text(), "a complaint")
         time.sleep(1.2)  # two more resyncs
         assert node.log.read_text().count("host bits set") == 1
         assert asked(pod, far) == own
@@ -312,5 +312,5 @@ def test_exhaustion_and_recovery(node: Machine, pod: TestPod) -> None:
             except TimeoutError:
                 return False
 
-        node.wait_for(has_room, "a port to be free again", 10)
-        node.wait_for(lambda: node.metrics()["podlane_masquerade_collected_total", ("flow",)] >= 4, "the scan's end", 5)
+        node.wait_for(has_room, "a port to be free again")
+        node.wait_for(lambda: node.metrics()["podlane_masquerade_collected_total", ("flow",)] >= 4, "the scan's end")

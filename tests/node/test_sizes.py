@@ -57,7 +57,7 @@ def pod(node: Machine) -> TestPod:
 def test_narrow_link_is_reported(internet: Internet, pod: TestPod, family: int) -> None:
     """A ping that does not fit through a link in the middle is answered by the router, with what fits."""
     with internet.narrowed():
-        done = pod.netns.run("ping", "-n", "-c", "1", "-W", "1", "-M", "do", "-s", "1400", WORLD[family], check=False)
+        done = pod.netns.run("ping", "-n", "-c", "1", "-W", "5", "-M", "do", "-s", "1400", WORLD[family], check=False)
         forget_mtu(pod.netns)
     assert re.search(rf"From {HOPS[family][1]} .*mtu ?= ?{NARROW}", done.stdout), done.stdout
 

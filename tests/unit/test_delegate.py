@@ -130,7 +130,7 @@ def test_results_that_are_none(plugin: Plugin, script: str) -> None:
 
 def test_deadline(plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin that does not end is killed, and so are the processes that it has started."""
-    monkeypatch.setattr(delegate, "_OTHER_SECONDS", 0.5)
+    monkeypatch.setattr(delegate, "_OTHER_SECONDS", 2.0)  # time enough to say who it is
     error = call(plugin("sleep 300 & echo $! $$ > pids; sleep 300"))
     assert (error.code, "in time" in error.message) == (104, True)
     deadline = time.monotonic() + 10

@@ -55,12 +55,13 @@ def test_a_file_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> Non
 
 
 def test_a_disk_that_takes_nothing(tmp_path: Path) -> None:
-    """Where the file cannot be written, the agent goes on; later it is."""
+    """Where the file cannot be written, the agent goes on; later it is, though nothing new is told."""
     path = tmp_path / "cluster.json"
     (tmp_path / ".cluster.json.tmp").mkdir()
     it = Remembered(path)
     it.keep(NODES, at_once=True)
     assert it.recall() == []
     (tmp_path / ".cluster.json.tmp").rmdir()
-    it.keep(NODES, at_once=True)
+    it.start()
+    it.stop()
     assert it.recall() == NODES

@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         return event
 
     def _reply(self, status: int, reply: Object) -> None:
-        content = json.dumps(reply).encode()
+        content = json.dumps(reply, ensure_ascii=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -204,7 +204,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send("BOOKMARK", {**bookmark, "spec": {}, "status": {}})
 
     def _send(self, kind: str, it: Object) -> None:
-        line = json.dumps({"type": kind, "object": it}).encode() + b"\n"
+        line = json.dumps({"type": kind, "object": it}, ensure_ascii=False).encode() + b"\n"
         self._write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
 
     def _write(self, content: bytes) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import secrets
 import socket
 import ssl
 import threading
 from contextlib import suppress
+from ipaddress import IPv4Address
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 
 import yaml
@@ -16,11 +19,16 @@ from tests.node.api.handler import RULES, Connections, Faults, Handler, Seen
 from tests.node.api.objects import Objects
 from tests.node.machine import Netns, run
 
+_LOOPBACKS = (1 << 24) - 2
+
 
 class ApiServer:
-    """Serves `objects` in a network namespace, by default the test's own, at one port for all its life."""
+    """Serves `objects` in a network namespace, by default the test's own, at one port for all its life.
 
-    def __init__(self, directory: Path, netns: Netns | None = None, address: str = "127.0.0.1") -> None:
+    Its loopback address is one that nobody else uses: between a stop and the next start, the port could be anybody's.
+    """
+
+    def __init__(self, directory: Path, netns: Netns | None = None) -> None:
         self.objects = Objects()
         self.faults = Faults()
         self.tokens = {"token-1"}
@@ -29,7 +37,7 @@ class ApiServer:
         self.watches = 0
         self._directory = directory
         self._netns = netns
-        self._address = (address, 6443 if netns else 0)
+        self._address = (str(IPv4Address("127.0.0.1") + secrets.randbelow(_LOOPBACKS)), 6443 if netns else 0)
         self._certify()
         self._server: _Server | None = None
         self.generation = 0  # of watches: those of an older one end
@@ -48,7 +56,7 @@ class ApiServer:
     def url(self) -> str:
         """Where it is."""
         host, port = self._address
-        return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+        return f"https://{host}:{port}"
 
     def write_service_account(self) -> Path:
         """Write what kubelet mounts into a pod; the token's file is the same as the kubeconfig's."""
@@ -122,10 +130,13 @@ class _Server(Connections):
 
     def __init__(self, api: ApiServer, address: tuple[str, int], context: ssl.SSLContext) -> None:
         self.api = api
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._context = context
         self._open: set[socket.socket] = set()
         super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # without HTTPServer's, which asks a resolver for the address's name
+        self.server_port = self.server_address[1]
 
     def get_request(self) -> tuple[Any, Any]:
         raw, address = super().get_request()
