@@ -83,7 +83,7 @@ class Masquerade(Model):
     section 6), far from NodePorts (30000-32767)."""
     last_port: _Port = 65535
     """Highest one. The range limits the flows to one destination address, port and protocol; the agent reserves it in
-    net.ipv4.ip_local_reserved_ports, so that the node itself picks from the rest."""
+    net.ipv4.ip_local_reserved_ports, so that the node itself picks from the rest. SCTP may keep one beside it."""
     max_flows: Annotated[int, Field(strict=True, ge=0, le=1 << 24)] = 0
     """Flows at a time. Each takes 264 bytes of kernel memory, and 92 to 114 more in maps whose sizes follow this one;
     they count as the agent's. Default 0: one for every 32 KB of the node's memory, rounded down to a power of two, from
@@ -102,10 +102,10 @@ class Masquerade(Model):
     """Seconds after the last echo until it may be forgotten. Default: the least that RFC 5508 REQ-2 allows."""
     other_protocols: OtherProtocols = "masquerade"
     """What becomes of pods' packets to the world that are neither TCP, UDP nor ICMP. "masquerade": SCTP, GRE, ESP,
-    IPIP, IPv6-in-IP and L2TP pass for the node's, with the pod's own ports; of those without ports (all but SCTP), one
-    pod at a time can talk to one remote address. What cannot be masqueraded is dropped. "stack": they go through the
-    host stack and leave as its own rules (iptables, nftables) have made them; without such rules, under the pod's
-    address. "drop": none leaves. Default: what needs no rules of anybody's."""
+    IPIP, IPv6-in-IP and L2TP pass for the node's. SCTP keeps the pod's own port where nobody else has it; of those
+    without ports (all but SCTP), one pod at a time can talk to one remote address. What cannot be masqueraded is
+    dropped. "stack": they go through the host stack and leave as its own rules (iptables, nftables) have made them;
+    without such rules, under the pod's address. "drop": none leaves. Default: what needs no rules of anybody's."""
     other: _Seconds = 600
     """Seconds without a packet after which a flow of another protocol than TCP, UDP and ICMP may be forgotten. Default:
     that of Linux's conntrack for protocols that it does not know (nf_conntrack_generic_timeout), far longer than SCTP's

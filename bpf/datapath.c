@@ -16,6 +16,7 @@
 #include <linux/udp.h>
 
 #include "counters.h"
+#include "crc.h"
 #include "deliver.h"
 #include "fragments.h"
 #include "host_ports.h"
@@ -155,6 +156,27 @@ static int leave_from_pod(struct __sk_buff *skb, struct packet *packet, struct t
     return drop(skb, OUTCOME(drop_masq_unsupported));
 }
 
+/*
+ * What the node itself sends, and forwards for others. Of its own, errors about what it could not give to a pod are as
+ * if they were the pod's.
+ */
+static int leave_from_node(struct __sk_buff *skb, struct packet *packet, struct transport *transport, bool known)
+{
+    bool is_nodes = node_addresses.lookup(&packet->source);
+
+    if (is_nodes && is_passed_on(skb, packet, transport, known))
+        return drop(skb, OUTCOME(drop_forged_peer));
+    if (known && is_nodes) {
+        if (transport->quoted && masquerade_error(skb, packet, transport))
+            return masqueraded_out(skb, transport);
+        struct note *note = transport->quoted ? find_note(&transport->tuple) : 0;
+        if (note && answer_as_noted(skb, packet, transport, note))
+            return punt(skb, OUTCOME(port_out));
+        reclaim_port(transport);
+    }
+    return punt(skb, OUTCOME(fwd_host_out));
+}
+
 /* What leaves the node: egress of an uplink. The only place where masquerading happens. */
 int to_uplink(struct __sk_buff *skb)
 {
@@ -179,20 +201,11 @@ int to_uplink(struct __sk_buff *skb)
             remember_ports(transport);
         if (known && !fast)
             keep_in_stack(transport, pod);
-        return leave_from_pod(skb, packet, transport, known, fast);
     }
-    bool is_nodes = node_addresses.lookup(&packet->source);
-    if (is_nodes && is_passed_on(skb, packet, transport, known))
-        return drop(skb, OUTCOME(drop_forged_peer));
-    if (known && is_nodes) {
-        if (transport->quoted && masquerade_error(skb, packet, transport))
-            return masqueraded_out(skb, transport);
-        struct note *note = transport->quoted ? find_note(&transport->tuple) : 0;
-        if (note && answer_as_noted(skb, packet, transport, note))
-            return punt(skb, OUTCOME(port_out));
-        reclaim_port(transport);
-    }
-    return punt(skb, OUTCOME(fwd_host_out));
+    int verdict =
+        pod ? leave_from_pod(skb, packet, transport, known, fast) : leave_from_node(skb, packet, transport, known);
+    settle_crc(skb, packet, transport);
+    return verdict;
 }
 
 /* Must the stack have what comes for a pod: to look at options, to answer, or to give it back to one of its flows? */
@@ -220,6 +233,8 @@ int from_uplink(struct __sk_buff *skb)
         outcome = OUTCOME(masq_in);
     else if (known && to_host_port(skb, packet, transport))
         outcome = OUTCOME(port_in);
+    if (outcome != OUTCOME(fwd_inbound))
+        settle_crc(skb, packet, transport);
 
     struct endpoint *pod = endpoints.lookup(&packet->destination);
     if (!pod || is_link_local(&packet->destination))
@@ -279,6 +294,8 @@ int to_tunnel(struct __sk_buff *skb)
         return drop(skb, answered);
     if (wrap(skb, tunnel, called_at(packet, tunnel, lanes)))
         return drop(skb, OUTCOME(drop_no_peer));
+    if (answered)
+        settle_crc(skb, packet, transport);
     return punt(skb, answered ?: OUTCOME(fwd_to_peer));
 }
 
@@ -301,6 +318,7 @@ int from_tunnel(struct __sk_buff *skb)
         forget_host_port(transport);
     if (!pod && known && to_host_port(skb, packet, transport)) {
         outcome = OUTCOME(port_in);
+        settle_crc(skb, packet, transport);
         pod = endpoints.lookup(&packet->destination);
     }
     if (!pod || is_link_local(&packet->destination))

@@ -5,6 +5,7 @@
  */
 #pragma once
 
+#include "crc.h"
 #include "icmp_error.h"
 #include "identify.h"
 #include "inbound.h"
@@ -15,21 +16,7 @@
 #include "rewrite.h"
 #include "transport.h"
 
-/* Where a port of the node's leads: one of the very address before one of any. */
-static struct pod_port *leads_to(const struct host_port *meant)
-{
-    struct host_port key = *meant;
-    struct pod_port *found = host_ports.lookup(&key);
-
-    if (found)
-        return found;
-    if (!is_v4_mapped(&meant->address))
-        key.address.word[0] = key.address.word[1] = key.address.word[2] = 0;
-    key.address.word[3] = 0;
-    return host_ports.lookup(&key);
-}
-
-/* The same for a packet, if it is for the node. */
+/* Where a packet leads, if it is for a host port. */
 static struct pod_port *find_host_port(const struct packet *packet, const struct transport *transport)
 {
     struct host_port key = {
@@ -175,6 +162,7 @@ static __u32 translate_locally(struct __sk_buff *skb, struct packet *packet, con
     if ((!is_limited && rewrite_source(skb, packet, transport, &meant.source, meant.source_port)) ||
         rewrite_destination(skb, packet, transport, &meant.destination, meant.destination_port))
         return 0;
+    settle_crc(skb, packet, transport);
     packet->destination = meant.destination;
     return mark;
 }
@@ -208,5 +196,7 @@ static bool complete_locally(struct __sk_buff *skb)
         return false;
     struct addr address = note->address;
     __be16 port = is_answer ? note->port : transport->tuple.source_port;
-    return rewrite_source(skb, packet, transport, &address, port) == 0;
+    int failed = rewrite_source(skb, packet, transport, &address, port);
+    settle_crc(skb, packet, transport);
+    return failed == 0;
 }

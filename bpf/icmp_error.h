@@ -43,6 +43,7 @@ static __u32 parse_quoted_ipv4(struct __sk_buff *skb, struct transport *transpor
     transport->tuple.source = from_ipv4(ip.saddr);
     transport->tuple.destination = from_ipv4(ip.daddr);
     transport->tuple.protocol = ip.protocol;
+    transport->quoted_end = ip.frag_off & IPV4_FRAGMENT ? 0 : offset + bpf_ntohs(ip.tot_len);
     return parse_fragment_fields(skb, transport, offset, offset + ip.ihl * 4);
 }
 
@@ -57,6 +58,7 @@ static __u32 parse_quoted_ipv6(struct __sk_buff *skb, struct transport *transpor
     transport->tuple.protocol = ip.nexthdr;
     if (ip.nexthdr == IPPROTO_FRAGMENT)
         return parse_fragment_header(skb, transport, offset + sizeof(ip));
+    transport->quoted_end = offset + sizeof(ip) + bpf_ntohs(ip.payload_len);
     return offset + sizeof(ip);
 }
 
@@ -146,6 +148,8 @@ static int rewrite_error(struct __sk_buff *skb, struct packet *packet, struct tr
         failed = rewrite_quoted(skb, packet, port_offset, old_port, port);
     if (failed)
         return failed;
+    if (transport->tuple.protocol == IPPROTO_SCTP)
+        note_sctp_port(transport, quoted_side, old_port, port);
     __s64 change = (__u16)~old_port + port + (transport->covers_addresses ? difference : 0);
     return rewrite_quoted_checksum(skb, packet, transport, change);
 }

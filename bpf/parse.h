@@ -75,6 +75,9 @@ static struct packet *new_packet(void)
     return packet;
 }
 
+/* Of an IPv4 header's fragment field: more fragments, or an offset. */
+#define IPV4_FRAGMENT bpf_htons(0x3fff)
+
 #define IPV6_PREFIX_MAPPED bpf_htonl(0x0000ffff)
 
 /* ICMPv6 types of neighbour discovery (RFC 4861 section 4); UAPI headers do not have them. */
@@ -171,7 +174,7 @@ static enum kind parse_ipv4(struct __sk_buff *skb, struct packet *packet)
     packet->header_end = ETH_HLEN + header;
     packet->ttl = ip->ttl;
     packet->protocol = ip->protocol;
-    packet->is_fragment = (ip->frag_off & bpf_htons(0x3fff)) != 0; /* more fragments, or an offset */
+    packet->is_fragment = (ip->frag_off & IPV4_FRAGMENT) != 0;
     packet->has_options = header > sizeof(*ip);
     return KIND_IP;
 }

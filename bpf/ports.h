@@ -83,20 +83,50 @@ static bool is_in_range(__be16 port, const struct settings *limits)
     return number >= limits->first_port && number <= limits->last_port;
 }
 
-/* A port of SCTP's cannot change: that takes a new CRC32c over the whole packet, which no program here computes. */
+/* Where a port of the node's leads: one of the very address before one of any. */
+static struct pod_port *leads_to(const struct host_port *meant)
+{
+    struct host_port key = *meant;
+    struct pod_port *found = host_ports.lookup(&key);
+
+    if (found)
+        return found;
+    if (!is_v4_mapped(&meant->address))
+        key.address.word[0] = key.address.word[1] = key.address.word[2] = 0;
+    key.address.word[3] = 0;
+    return host_ports.lookup(&key);
+}
+
+/*
+ * Which flows have the pod's own port even if it is not in the range: those that have none, and of SCTP all that can.
+ * Many of its peers expect a certain port, and the CRC of fragments cannot follow a change.
+ */
 static bool keeps_port(__u8 protocol)
 {
     return is_portless(protocol) || protocol == IPPROTO_SCTP;
+}
+
+/* May this flow have its own port outside? Not another pod's host port, since peers may call that from there. */
+static bool may_keep_port(const struct tuple *tuple, const struct addr *address, const struct settings *limits)
+{
+    struct host_port key = {.address = *address, .port = tuple->source_port, .protocol = tuple->protocol};
+
+    if (!keeps_port(tuple->protocol))
+        return is_in_range(tuple->source_port, limits);
+    if (tuple->protocol != IPPROTO_SCTP)
+        return true;
+    struct pod_port *served = leads_to(&key);
+    return !served || (served->port == tuple->source_port && same_address(&served->address, &tuple->source));
 }
 
 /* Finds a free port, the pod's own for choice; 0, -EEXIST if none was found, or another error if the map is full. */
 static int allocate_port(struct __sk_buff *skb, const struct tuple *tuple, struct flow *flow, struct settings *limits)
 {
     __u32 range = limits->last_port - limits->first_port + 1;
-    bool keeps = keeps_port(tuple->protocol), own = keeps || is_in_range(tuple->source_port, limits);
+    bool own = may_keep_port(tuple, &flow->address, limits), has_others = !is_portless(tuple->protocol);
     int failed = own ? take_port(skb, tuple, flow, tuple->source_port) : -EEXIST, probe = 0;
 
-    for (; !keeps && probe < PORT_PROBES && failed == -EEXIST; probe++) {
+    for (; has_others && probe < PORT_PROBES && failed == -EEXIST; probe++) {
         /* Multiply and shift: uniform over the range without a division. */
         __u32 port = limits->first_port + (__u32)(((__u64)bpf_get_prandom_u32() * range) >> 32);
         failed = take_port(skb, tuple, flow, bpf_htons(port));

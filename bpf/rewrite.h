@@ -73,12 +73,22 @@ static int rewrite_address(struct __sk_buff *skb, struct transport *transport, b
     return replace_in_pseudo_header(skb, transport, is_ipv6, difference);
 }
 
+/* For `settle_crc`. */
+static void note_sctp_port(struct transport *transport, enum side side, __be16 old, __be16 new)
+{
+    ((__be16 *)&transport->ports_change)[side == SIDE_DESTINATION] ^= old ^ new;
+}
+
 static int rewrite_port(struct __sk_buff *skb, struct transport *transport, enum side side, __be16 old, __be16 new)
 {
     __u32 offset = transport->port_offset[side == SIDE_DESTINATION];
 
     if (old == new || !offset)
         return 0; /* later fragments have none */
+    if (transport->tuple.protocol == IPPROTO_SCTP) {
+        note_sctp_port(transport, side, old, new);
+        return bpf_skb_store_bytes(skb, offset, &new, sizeof(new), store_flags(transport));
+    }
     return bpf_l4_csum_replace(skb, transport->checksum_offset, old, new, sizeof(new) | transport->checksum_flags)
                ?: bpf_skb_store_bytes(skb, offset, &new, sizeof(new), store_flags(transport));
 }

@@ -20,7 +20,11 @@ struct transport {
     __u32 port_offset[2];  /* of the source and of the destination port; 0: it is not there */
     __u32 checksum_offset; /* 0: it is not there */
     __u32 checksum_flags;  /* for bpf_l4_csum_replace, beside the size */
+    __u32 crc_offset;      /* of SCTP's checksum; 0: it is not there, or nobody knows what it covers */
+    __u32 crc_bytes;       /* that it covers, from the ports on */
+    __be32 ports_change;   /* by which bits SCTP's ports have changed, both: the CRC does not know of it yet */
     __u32 quoted;          /* of an ICMP error: where the packet begins that it quotes. Offsets and tuple are of that */
+    __u32 quoted_end;      /* where that one would end if all of it were quoted; 0 if it is a fragment */
     __be32 identification; /* of a fragment */
     __u8 part;             /* PART_* */
     __u8 complete;         /* all of the transport header is there */
@@ -53,7 +57,8 @@ static struct transport *new_transport(void)
 #define ICMPV6_ECHO_REQUEST 128
 #define ICMPV6_ECHO_REPLY   129
 
-#define SCTP_HEADER 12 /* RFC 9260 section 3.1 */
+#define SCTP_HEADER   12 /* RFC 9260 section 3.1 */
+#define SCTP_CHECKSUM 8  /* where it stands in there */
 
 /* How much of a transport header every ICMP error quotes (RFC 792), and an echo message has at least. */
 #define TRANSPORT_START 8
@@ -112,13 +117,18 @@ static bool parse_udp(struct transport *transport, __u32 offset, const __be16 *s
     return true;
 }
 
-/* Its CRC32c covers ports, but no addresses. */
+/* Its CRC32c covers ports, but no addresses. In a fragment it covers more than anybody knows the length of. */
 static bool parse_sctp(const struct packet *packet, struct transport *transport, __u32 offset, const __be16 *start)
 {
     take_ports(transport, offset, start);
     transport->covers_addresses = 0;
     transport->unchecked = 1;
     transport->complete = offset + SCTP_HEADER <= packet->size;
+    __u32 end = transport->quoted ? transport->quoted_end : packet->is_fragment ? 0 : packet->size;
+    if (!transport->complete || !end)
+        return true;
+    transport->crc_offset = offset + SCTP_CHECKSUM;
+    transport->crc_bytes = end - offset;
     return true;
 }
 

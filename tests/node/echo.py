@@ -10,6 +10,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+from scapy.layers.sctp import SCTP as SCTPHeader
+from scapy.layers.sctp import SCTPChunkData
+
 from tests.node.machine import Netns
 from tests.node.traffic import BUFFER, SO_RCVBUFFORCE
 
@@ -123,15 +126,25 @@ def who(netns: Netns, to: Server, **options: int) -> tuple[str, int]:
         return it.ask()
 
 
-def raw_exchange(asker: Netns, answerer: Netns, address: str, protocol: int, question: bytes, answer: bytes) -> str:
-    """Send a packet of any protocol of IP's to an address, and another one back; return who the first came from."""
+def raw_socket(netns: Netns, address: str, protocol: int) -> socket.socket:
+    """Make a socket for packets of one protocol of IP's, of an address's family."""
 
     def make() -> socket.socket:
         made = socket.socket(family(address), socket.SOCK_RAW, protocol)
         made.settimeout(SECONDS)
         return made
 
-    with asker.call(make) as ours, answerer.call(make) as theirs:
+    return netns.call(make)
+
+
+def sctp(source_port: int, destination_port: int) -> bytes:
+    """Return an SCTP packet, with its CRC. Nobody's kernel has to know SCTP for that."""
+    return bytes(SCTPHeader(sport=source_port, dport=destination_port, tag=7) / SCTPChunkData(data=b"payload"))
+
+
+def raw_exchange(asker: Netns, answerer: Netns, address: str, protocol: int, question: bytes, answer: bytes) -> str:
+    """Send a packet of any protocol of IP's to an address, and another one back; return who the first came from."""
+    with raw_socket(asker, address, protocol) as ours, raw_socket(answerer, address, protocol) as theirs:
         theirs.bind((address, 0))
         ours.sendto(question, (address, 0))
         heard, peer = theirs.recvfrom(65536)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from scapy.layers.sctp import SCTP as SCTPHeader
 
-from tests.node.echo import ESP, GRE, SCTP, TCP, UDP, client, raw_exchange, server, transfer, who
+from tests.node.echo import ESP, GRE, SCTP, TCP, UDP, client, raw_exchange, raw_socket, sctp, server, transfer, who
 from tests.node.machine import Machine, Netns, TestPod, machine
 
 V4, V6 = 0, 1
@@ -155,6 +155,25 @@ def test_other_protocols(node: Machine, pod: TestPod, world: Netns, family: int,
     question, answer = (bytes(SCTPHeader(sport=here, dport=there)) + bytes(size) for here, there in ((5, 6), (6, 5)))
     with counted(node, fwd_uplink=1, masq_out=1, masq_in=1):
         assert raw_exchange(pod.netns, world, FAR[family], protocol, question, answer) == NODE[family]
+
+
+@families
+def test_sctp_of_two_pods(node: Machine, pod: TestPod, world: Netns, family: int) -> None:
+    """Two pods that want one port have two, and the answers to both find them, all with the right CRC."""
+    other = node.make_pod("b")
+    with raw_socket(world, FAR[family], SCTP) as far:
+        far.bind((FAR[family], 0))
+        for here, port in ((pod.netns, {5}), (other.netns, range(FIRST_PORT, 65536))):
+            with raw_socket(here, FAR[family], SCTP) as ours:
+                ours.sendto(sctp(5, 6), (FAR[family], 0))
+                heard, peer = far.recvfrom(65536)
+                seen = int.from_bytes(heard[-len(sctp(5, 6)) :][:2], "big")
+                assert seen in port
+                assert heard.endswith(sctp(seen, 6))
+                assert peer[0] == NODE[family]
+                far.sendto(sctp(6, seen), (peer[0], 0))
+                assert ours.recv(65536).endswith(sctp(6, 5))
+    node.delete_pod(other)
 
 
 @families

@@ -19,7 +19,7 @@ from .nat_frames import changed, source_port
 from .nat_maps import cooked, end, raw
 from .nat_model import Nat
 from .nat_talk import PORTS, How, Talk, error_of, frame_of, message_of, packed
-from .nat_words import Choice, End, Fate, Flow, Lifetimes, Message, Part, Rule, State, keeps_port
+from .nat_words import PORTLESS, Choice, End, Fate, Flow, Lifetimes, Message, Part, Rule, State
 from .world import NODE, ROUTER, ROUTER_MAC, UPLINK_MAC, Node
 
 CAPACITY = 40
@@ -262,7 +262,7 @@ class Duel:
             return source_port(ran.packet, message)
         if ran.outcome == "masq_out" and flow:
             return end(maps["flows"].get(raw(flow)) or {}).port
-        if ran.outcome == "drop_masq_full" and flow and not keeps_port(flow.protocol):
+        if ran.outcome == "drop_masq_full" and flow and flow.protocol not in PORTLESS:
             # Of what the flow had before, it may have given back a port, as there is no room for the other half.
             mine = [
                 answer

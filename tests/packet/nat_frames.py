@@ -60,23 +60,31 @@ def frame(message: Message, body: Body, source_mac: bytes, destination_mac: byte
 def changed(message: Message, fate: Fate) -> Message:
     """Return a message as it leaves a program: where an error is changed, what it quotes is on the other side.
 
-    An error that is not the pod's own, but about what the pod was to get, stays its sender's.
+    An error that is not the pod's own, but about what the pod was to get, stays its sender's. The CRC of a fragment
+    stays as it is, also in an error.
     """
     about = message.about
+    message = _with_its_sum(message)
     if fate.source:
         address, port = fate.source
         if about:
             sender = address if about.destination == message.source else message.source
-            about = replace(about, destination=address, destination_port=port)
+            about = replace(_with_its_sum(about), destination=address, destination_port=port)
             return replace(message, source=sender, about=about)
         message = replace(message, source=address, source_port=port)
     if fate.destination:
         address, port = fate.destination
         if about:
-            about = replace(about, source=address, source_port=port)
+            about = replace(_with_its_sum(about), source=address, source_port=port)
             return replace(message, destination=address, about=about)
         message = replace(message, destination=address, destination_port=port)
     return message
+
+
+def _with_its_sum(message: Message) -> Message:
+    if message.part is not Part.FIRST:
+        return message
+    return replace(message, summed=message.summed or (message.source_port, message.destination_port))
 
 
 def source_port(packet: bytes, message: Message) -> int:
@@ -109,8 +117,9 @@ def _transport(message: Message, body: Body) -> bytes:
         plain = struct.pack("!HHHH", *ports, UDP_HEADER + len(body.data), 0) + body.data
         return _summed(message, plain, 6) if body.has_checksum or len(message.source) == 16 else plain
     if message.protocol == SCTP:
-        header, end = struct.pack("!HHI", *ports, 0x12345678), bytes([0, 3, 0, 4 + len(body.data)]) + body.data
-        return header + struct.pack("!I", crc32c(header + bytes(4) + end)) + end
+        tag, end = bytes([0x12, 0x34, 0x56, 0x78]), bytes([0, 3, 0, 4 + len(body.data)]) + body.data
+        summed = struct.pack("!HH", *(message.summed or ports)) + tag + bytes(4) + end
+        return struct.pack("!HH", *ports) + tag + struct.pack("!I", crc32c(summed)) + end
     if message.protocol not in ICMP.values():
         return body.data
     kind = _ECHO[len(message.source)][message.is_echo_reply]

@@ -202,7 +202,7 @@ class Nat:
         tried = (0, 0)
         if refused == "taken":
             tried = (1, 32) if own else (0, 31)
-            free = set() if keeps_port(flow.protocol) else self._free(flow)
+            free = set() if flow.protocol in PORTLESS else self._free(flow)
             if not free or (did.outcome == "drop_masq_exhausted" and self.may_fail(flow)):
                 refused = "drop_masq_exhausted"
             else:

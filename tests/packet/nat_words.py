@@ -32,7 +32,7 @@ def is_other(protocol: int) -> bool:
 
 
 def keeps_port(protocol: int) -> bool:
-    """Say whether a flow of that protocol cannot have another port than the pod's."""
+    """Say whether a flow of that protocol has the pod's port where it can, in the range or not."""
     return protocol == SCTP or protocol in PORTLESS
 
 
@@ -87,6 +87,8 @@ class Message:
     is_echo_reply: bool = False
     part: Part = Part.WHOLE
     identification: int = 0
+    summed: tuple[int, int] | None = None
+    """The ports of which a first fragment's CRC is, if not those above."""
     about: Message | None = None
     """The packet that an ICMP error quotes; the ports above are then unused."""
 

@@ -123,7 +123,7 @@ def test_the_nodes_tunnel_comes_first(node: Node, kind: str, family: int) -> Non
     assert node.into(came(kind, family, NODE[family])).outcome == "fwd_host_in"
 
 
-@EACH_OTHER
+@EACH_PORTLESS
 def test_the_node_comes_later(node: Node, kind: str, family: int) -> None:
     """If the node sends what a pod's flow has so far, it is the node's at once."""
     out(node, kind, family)
