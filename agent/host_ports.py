@@ -11,10 +11,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from agent.state import Address, HostPort
 from agent.store import Pod, Published
 from cni.errors import CniError, Code
-from cni.netconf import PortMapping
+from cni.netconf import PORT_PROTOCOLS, PortMapping
 
 _ANY: tuple[Address, ...] = (IPv4Address("0.0.0.0"), IPv6Address("::"))  # noqa: S104
-_PROTOCOLS = {"tcp": 6, "udp": 17}
 
 
 def read(mappings: Sequence[PortMapping], masqueraded: range) -> tuple[Published, ...]:
@@ -34,7 +33,7 @@ def read(mappings: Sequence[PortMapping], masqueraded: range) -> tuple[Published
             )
         addresses = (ip_address(each.host_ip),) if each.host_ip else _ANY
         for address in addresses:
-            at = HostPort(address, each.host_port, _PROTOCOLS[each.protocol.lower()])
+            at = HostPort(address, each.host_port, PORT_PROTOCOLS[each.protocol.lower()])
             if found.setdefault(at, each.container_port) != each.container_port:
                 raise CniError(
                     Code.INVALID_NETWORK_CONFIG,

@@ -112,7 +112,7 @@ class HostPort:
     protocol: int
 
     def __str__(self) -> str:
-        name = {6: "tcp", 17: "udp"}.get(self.protocol, self.protocol)
+        name = {6: "tcp", 17: "udp", 132: "sctp"}.get(self.protocol, self.protocol)
         address = f"[{self.address}]" if self.address.version == 6 else self.address
         return f"{address}:{self.port}/{name}"
 

@@ -18,11 +18,13 @@ from cni.errors import CniError, Code
 from cni.result import Dns
 from cni.versions import UNNAMED
 
+PORT_PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+"""What can have host ports: numbers of the IP header, by the names that runtimes write, in lower case."""
+
 _MASQUERADE_BACKENDS = ("", "iptables", "nftables")
 _LAST_VLAN = 4094
 _IPV4_MIN_MTU = 68  # bytes (RFC 791 section 3.2; the kernel takes no less for a veth pair)
 _WHY_REFUSED = {"ipam.type": "its server must share a layer 2 with the pod, and a pod shares one with its node only"}
-_PROTOCOLS = ("tcp", "udp")
 _BITS = 8  # of a byte
 _U32_MAX, _U64_MAX = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _WITHOUT_EFFECT = {
@@ -77,9 +79,9 @@ class PortMapping(JsonObject):
         """Refuse by name what cannot be. Raises CniError 7, and 2 for what podlane does not have."""
         if not self.host_port:
             raise CniError(Code.INVALID_NETWORK_CONFIG, f"Invalid host port number: {self.host_port}")
-        if self.protocol.lower() not in _PROTOCOLS:
-            reason = "its checksum covers the ports" if self.protocol.lower() == "sctp" else "no such protocol"
-            raise _unsupported("runtimeConfig.portMappings.protocol", self.protocol, f"{reason}; allowed are tcp, udp")
+        if self.protocol.lower() not in PORT_PROTOCOLS:
+            reason = f"no such protocol; allowed are {', '.join(PORT_PROTOCOLS)}"
+            raise _unsupported("runtimeConfig.portMappings.protocol", self.protocol, reason)
         if not self.host_ip:
             return
         try:
@@ -88,6 +90,9 @@ class PortMapping(JsonObject):
             raise CniError(Code.INVALID_NETWORK_CONFIG, "runtimeConfig.portMappings.hostIP", str(error)) from error
         if address.is_multicast or address.is_link_local or (address.version == 6 and address.ipv4_mapped):
             raise _unsupported("runtimeConfig.portMappings.hostIP", self.host_ip, "a pod cannot answer from there")
+        if address.is_loopback and self.protocol.lower() == "sctp":
+            reason = "the node's own calls by SCTP cannot be led to a pod"
+            raise _unsupported("runtimeConfig.portMappings.hostIP", self.host_ip, reason)
 
 
 class Bandwidth(JsonObject):

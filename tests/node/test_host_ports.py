@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from tests.node.echo import TCP, Server, bound, client, server, who
+from tests.node.echo import SCTP, TCP, Server, bound, client, raw_socket, sctp, server, who
 from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
 from tests.node.test_masquerade import NEIGHBOUR, NODE, V4, counted, families, kinds
 
@@ -208,7 +208,9 @@ def test_a_conflict_is_refused(node: Machine, pod: TestPod) -> None:
     ("wanted", "code", "words"),
     [
         (mapping(port=50000), 7, "host port 50000 is one of those for masquerading (49152-65535)"),
-        (mapping("sctp"), 2, '"sctp"'),
+        (mapping("dccp"), 2, '"dccp"'),
+        (mapping("sctp", port=50000), 7, "host port 50000 is one of those for masquerading (49152-65535)"),
+        (mapping("sctp", hostIP="::1"), 2, '"::1"'),
         (mapping(hostIP="fe80::1"), 2, '"fe80::1"'),
         (mapping(hostIP="nowhere"), 7, "hostIP"),
     ],
@@ -218,6 +220,22 @@ def test_refused_by_name(node: Machine, wanted: dict[str, object], code: int, wo
     before = node.traces()
     refused(ask(node, node.add_netns("refused"), wanted), code, words)
     assert node.traces() == before
+
+
+@families
+def test_sctp(node: Machine, family: int) -> None:
+    """The world asks an SCTP port of the node's and hears from there, with the right CRC; a second pod has no such."""
+    pod, theirs = publish(node, mapping("sctp")), NEIGHBOUR[family]
+    refused(ask(node, node.add_netns("late"), mapping("sctp")), 105, "8080/sctp", pod.container_id)
+    with raw_socket(node.world, theirs, SCTP) as outside, raw_socket(pod.netns, theirs, SCTP) as inside:
+        outside.sendto(sctp(5, PORT), (NODE[family], 0))
+        heard, peer = inside.recvfrom(65536)
+        assert heard.endswith(sctp(5, OWN))
+        inside.sendto(sctp(OWN, 5), (peer[0], 0))
+        heard, peer = outside.recvfrom(65536)
+        assert heard.endswith(sctp(PORT, 5))
+        assert peer[0] == NODE[family]
+    node.delete_pod(pod)
 
 
 @families

@@ -114,7 +114,7 @@ def test_keys_without_effect(node: Machine, netns: Netns) -> None:
         ("vlanTrunk", [{"id": 101}]),
         ("portIsolation", True),
         ("disableContainerInterface", True),
-        ("runtimeConfig", {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "sctp"}]}),
+        ("runtimeConfig", {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "dccp"}]}),
     ],
 )
 def test_refused_by_name(node: Machine, netns: Netns, key: str, value: object) -> None:

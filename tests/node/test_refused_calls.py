@@ -13,7 +13,7 @@ from cni import wire
 from tests.node.machine import Machine, Netns, machine
 from tests.node.verbs import VERSIONS, add, assert_refused, delete, traces
 
-PORT = {"hostPort": 8080, "containerPort": 80, "protocol": "sctp"}
+PORT = {"hostPort": 8080, "containerPort": 80, "protocol": "dccp"}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ IN_RANGE, BELOW = 50000, 1234
 
 EACH = pytest.mark.parametrize(("kind", "family"), list(product(KINDS, FAMILIES)))
 WITH_SOCKETS = pytest.mark.parametrize(("kind", "family"), list(product(("tcp", "udp"), FAMILIES)))
+"""Kinds of which programs can see the node's sockets."""
+WITH_PORTS = pytest.mark.parametrize(("kind", "family"), list(product(("tcp", "udp", "sctp"), FAMILIES)))
+"""Kinds that have host ports."""
 BY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 

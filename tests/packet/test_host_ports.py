@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scapy.all import ICMP, IP, UDP, ICMPv6PacketTooBig, Packet
 
-from .cases import BY_FAMILY, IN_RANGE, WITH_SOCKETS, out
+from .cases import BY_FAMILY, IN_RANGE, WITH_PORTS, out
 from .harness import PASS, REDIRECT, A, B, Pod
 from .world import (
     NODE,
@@ -39,7 +39,7 @@ def error(family: int, about: Packet) -> Packet:
 
 
 ANY = {4: "0.0.0.0", 6: "::"}  # noqa: S104
-NUMBER = {"tcp": 6, "udp": 17}
+NUMBER = {"tcp": 6, "udp": 17, "sctp": 132}
 
 
 def publish(
@@ -56,7 +56,7 @@ def call(kind: str, family: int, *, flags: str = "S", port: int = HOST, data: by
     return arriving(family, NODE[family]) / request(kind, family, CLIENT, to_port=port, flags=flags, data=data)
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_from_outside_and_back(node: Node, kind: str, family: int) -> None:
     """An outsider's packet to the node's port reaches the pod's, and the pod's answer comes from the node's port."""
     publish(node, kind, family)
@@ -69,10 +69,10 @@ def test_from_outside_and_back(node: Node, kind: str, family: int) -> None:
     assert node.entries("flows") == node.entries("owners") == {}
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_what_is_no_host_port(node: Node, kind: str, family: int) -> None:
     """Another port, another protocol, and the port at another address than the one it was given stay the node's."""
-    other = {"tcp": "udp", "udp": "tcp"}[kind]
+    other = {"tcp": "udp", "udp": "sctp", "sctp": "tcp"}[kind]
     publish(node, kind, family)
     assert node.into(call(kind, family, port=HOST + 1)).outcome == "fwd_host_in"
     assert node.into(call(other, family)).outcome == "fwd_host_in"
@@ -82,7 +82,7 @@ def test_what_is_no_host_port(node: Node, kind: str, family: int) -> None:
     assert node.into(call(other, family)).outcome == "port_in"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_one_address_counts_before_any(node: Node, kind: str, family: int) -> None:
     """A port that leads elsewhere at one address of the node's leads there."""
     publish(node, kind, family, pod=A)
@@ -92,7 +92,7 @@ def test_one_address_counts_before_any(node: Node, kind: str, family: int) -> No
     )
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_a_conversation_keeps_its_name(node: Node, kind: str, family: int) -> None:
     """Once answered and carried on, the flow is noted among the conversations, with the node's port."""
     publish(node, kind, family)
@@ -106,7 +106,7 @@ def test_a_conversation_keeps_its_name(node: Node, kind: str, family: int) -> No
     assert node.out(answered).outcome == "port_out"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_the_pods_own_address_is_another_way(node: Node, kind: str, family: int) -> None:
     """Who calls the pod itself, with ports that a flow to the node's port had, hears from the pod itself."""
     publish(node, kind, family)
@@ -120,7 +120,7 @@ def test_the_pods_own_address_is_another_way(node: Node, kind: str, family: int)
     assert node.out(replied).outcome == "port_out"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_between_pods(node: Node, kind: str, family: int) -> None:
     """A pod reaches another by the node's port, and hears from there; past the host stack, in both directions."""
     publish(node, kind, family, pod=B)
@@ -137,7 +137,7 @@ def test_between_pods(node: Node, kind: str, family: int) -> None:
     )
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_directly_between_pods(node: Node, kind: str, family: int) -> None:
     """A flow to the other pod's own address, with the ports that one to the node's port had, is left as it is."""
     publish(node, kind, family, pod=B)
@@ -148,7 +148,7 @@ def test_directly_between_pods(node: Node, kind: str, family: int) -> None:
     assert node.leave(replied, pod=B).outcome == "fwd_local"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_a_pod_calls_itself(node: Node, kind: str, family: int) -> None:
     """A pod that calls its own host port hears the node, on both sides."""
     publish(node, kind, family)
@@ -162,7 +162,7 @@ def test_a_pod_calls_itself(node: Node, kind: str, family: int) -> None:
     assert back.packet == built(_handed(family, A, A, NODE[family], pod) / answer(kind, family, CLIENT, to_port=HOST))
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_the_node_calls_the_pod(node: Node, kind: str, family: int) -> None:
     """The node's own flow to a pod is not taken for one that the pod had with itself."""
     publish(node, kind, family)
@@ -172,7 +172,7 @@ def test_the_node_calls_the_pod(node: Node, kind: str, family: int) -> None:
     assert node.leave(replied).outcome == "punt_host"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_pods_own_flows_stay_masqueraded(node: Node, kind: str, family: int) -> None:
     """What a pod with host ports opens itself leaves as ever, and what comes back is given back."""
     publish(node, kind, family)
@@ -180,25 +180,25 @@ def test_pods_own_flows_stay_masqueraded(node: Node, kind: str, family: int) -> 
     assert node.into(arriving(family, NODE[family]) / answer(kind, family, IN_RANGE)).outcome == "masq_in"
 
 
-@BY_FAMILY
-def test_errors_on_the_way_back(node: Node, family: int) -> None:
+@WITH_PORTS
+def test_errors_on_the_way_back(node: Node, kind: str, family: int) -> None:
     """An error of a router's about what the pod answered reaches the pod, about what the pod has sent."""
-    publish(node, "udp", family)
-    node.into(call("udp", family))
-    seen = leaving(family, NODE[family]) / answer("udp", family, CLIENT, to_port=HOST)
-    sent = leaving(family, address_of(A, family)) / answer("udp", family, CLIENT, to_port=OWN)
+    publish(node, kind, family)
+    node.into(call(kind, family))
+    seen = leaving(family, NODE[family]) / answer(kind, family, CLIENT, to_port=HOST)
+    sent = leaving(family, address_of(A, family)) / answer(kind, family, CLIENT, to_port=OWN)
     came = node.into(arriving(family, NODE[family], WORLD[family]) / error(family, seen))
     assert came.outcome == "port_in"
     assert came.packet == built(delivered(family, A, WORLD[family]) / error(family, sent))
 
 
-@BY_FAMILY
-def test_errors_of_the_pod(node: Node, family: int) -> None:
+@WITH_PORTS
+def test_errors_of_the_pod(node: Node, kind: str, family: int) -> None:
     """An error of the pod's, or of the node's in its place, is about what the outsider has sent."""
-    publish(node, "udp", family)
-    node.into(call("udp", family))
-    got = arriving(family, address_of(A, family), ttl=63) / request("udp", family, CLIENT, to_port=OWN)
-    sent = arriving(family, NODE[family], ttl=63) / request("udp", family, CLIENT, to_port=HOST)
+    publish(node, kind, family)
+    node.into(call(kind, family))
+    got = arriving(family, address_of(A, family), ttl=63) / request(kind, family, CLIENT, to_port=OWN)
+    sent = arriving(family, NODE[family], ttl=63) / request(kind, family, CLIENT, to_port=HOST)
     for source in (address_of(A, family), NODE[family]):
         told = node.out(leaving(family, source) / error(family, got))
         assert told.outcome == "port_out"
@@ -248,7 +248,7 @@ def test_other_networks(node: Node, family: int) -> None:
     assert node.leave(called).outcome == "punt_host"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_unmasqueraded_pods_answer_too(node: Node, kind: str, family: int) -> None:
     """A pod that is never masqueraded answers from the host port by which it was called."""
     publish(node, kind, family)
@@ -258,7 +258,7 @@ def test_unmasqueraded_pods_answer_too(node: Node, kind: str, family: int) -> No
     assert replied.outcome == "port_out"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_a_spent_ttl_is_the_stacks(node: Node, kind: str, family: int) -> None:
     """What must not go on is left to the stack, addressed to the pod: so its error, too, finds the way back."""
     publish(node, kind, family)

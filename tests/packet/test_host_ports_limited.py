@@ -7,7 +7,7 @@ from scapy.all import UDP, Packet
 
 from agent.datapath.testrun import SkBuff
 
-from .cases import BY_FAMILY, WITH_SOCKETS
+from .cases import BY_FAMILY, WITH_PORTS
 from .harness import PASS, REDIRECT, A, B, Pod, Ran
 from .test_host_ports import CLIENT, HOST, OWN, publish
 from .world import NODE, Node, address_of, answer, built, from_pod, request
@@ -45,7 +45,7 @@ def answered(kind: str, family: int) -> bytes:
     return built(seen)
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_a_limited_pod_calls(node: Node, kind: str, family: int) -> None:
     """Its call waits with the serving pod as destination, arrives so, and the answer takes the same way back."""
     publish(node, kind, family, pod=B)
@@ -63,7 +63,7 @@ def test_a_limited_pod_calls(node: Node, kind: str, family: int) -> None:
     assert came.packet == answered(kind, family)
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_a_limited_pod_answers(node: Node, kind: str, family: int) -> None:
     """Its answer waits under its own address, and arrives from the node's port."""
     publish(node, kind, family, pod=B)
@@ -79,7 +79,7 @@ def test_a_limited_pod_answers(node: Node, kind: str, family: int) -> None:
     assert (came.outcome, came.packet) == ("port_shaped", answered(kind, family))
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_a_limited_pod_calls_itself(node: Node, kind: str, family: int) -> None:
     """Both ways it waits as the pod's own, to itself, and arrives from the node."""
     publish(node, kind, family)

@@ -9,7 +9,7 @@ from scapy.all import ARP, UDP, Ether, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, Pa
 
 from agent.wiring import HOST_MAC
 
-from .cases import WITH_SOCKETS
+from .cases import WITH_PORTS
 from .harness import DROP, PASS, REDIRECT, A
 from .test_host_ports import CLIENT, HOST, OWN, error, publish
 from .tunnel import MTU, PEERS, VNI, Tunnel, pod_of
@@ -258,7 +258,7 @@ def tunnelled(family: int, source: str) -> Packet:
     return frame(NOBODY_ELSE, HOST_MAC, family, source, pod_of(FAR, family))
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_host_port(tunnel: Tunnel, kind: str, family: int) -> None:
     """A far pod reaches the node's port by the tunnel and hears from there; the pod's own address is another way."""
     tunnel.peers(4)
@@ -279,7 +279,7 @@ def test_host_port(tunnel: Tunnel, kind: str, family: int) -> None:
     assert tunnel.out(answers).outcome == "fwd_to_peer"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_host_port_of_a_far_node(tunnel: Tunnel, kind: str, family: int) -> None:
     """A far node itself calls past the tunnel, and is answered past it; all else that the pod sends there takes it."""
     tunnel.peers(family)
@@ -296,7 +296,7 @@ def test_host_port_of_a_far_node(tunnel: Tunnel, kind: str, family: int) -> None
     assert tunnel.node.leave(from_pod(family, A, caller) / other).outcome == "fwd_tunnel"
 
 
-@WITH_SOCKETS
+@WITH_PORTS
 def test_errors_about_a_host_port(tunnel: Tunnel, kind: str, family: int) -> None:
     """A far pod's error about an answer from the node's port is about the pod's; the pod's own comes from the node."""
     tunnel.peers(4)

@@ -13,6 +13,7 @@ from typing import Any
 from scapy.all import (
     ICMP,
     IP,
+    SCTP,
     TCP,
     UDP,
     Ether,
@@ -20,6 +21,7 @@ from scapy.all import (
     ICMPv6EchoRequest,
     IPv6,
     Packet,
+    SCTPChunkData,
     raw,
 )
 
@@ -284,6 +286,8 @@ def request(
             return TCP(sport=port, dport=to_port, flags=flags, options=[("MSS", 1460), ("SAckOK", b"")]) / data
         case "udp":
             return UDP(sport=port, dport=to_port) / data
+        case "sctp":
+            return SCTP(sport=port, dport=to_port, tag=7) / SCTPChunkData(data=data)
         case _:
             return (ICMP(id=port, seq=3) if family == 4 else ICMPv6EchoRequest(id=port, seq=3)) / data
 
@@ -297,6 +301,8 @@ def answer(
             return TCP(sport=to_port, dport=port, flags=flags) / data
         case "udp":
             return UDP(sport=to_port, dport=port) / data
+        case "sctp":
+            return SCTP(sport=to_port, dport=port, tag=8) / SCTPChunkData(data=data)
         case _:
             return (ICMP(type=0, id=port, seq=3) if family == 4 else ICMPv6EchoReply(id=port, seq=3)) / data
 

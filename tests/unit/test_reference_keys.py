@@ -9,6 +9,8 @@ from cni.errors import CniError
 from cni.netconf import NetConf
 from tests.unit.calls import config, environment
 
+PORT = {"hostPort": 80, "containerPort": 80}
+
 
 def read(**keys: object) -> NetConf:
     """Return the configuration with these keys, and others that are right."""
@@ -62,7 +64,8 @@ def test_textbook_configuration_of_bridge() -> None:
         {"portIsolation": False, "disableContainerInterface": False},
         {"runtimeConfig": {"portMappings": [], "bandwidth": {}}},
         {"runtimeConfig": {"portMappings": [{"HostPort": 80, "ContainerPort": 8080, "Protocol": "TCP"}]}},
-        {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "127.0.0.1"}]}},
+        {"runtimeConfig": {"portMappings": [{**PORT, "hostIP": "127.0.0.1"}]}},
+        {"runtimeConfig": {"portMappings": [{**PORT, "protocol": "SCTP", "hostIP": "192.0.2.1"}]}},
         {"runtimeConfig": {"bandwidth": {"ingressRate": 0, "ingressBurst": 4294967295}}},
         {"runtimeConfig": {"bandwidth": {"IngressRate": 8, "IngressBurst": 34359738359}}},
     ],
@@ -80,17 +83,22 @@ def test_what_is_served(keys: dict[str, object]) -> None:
         ({"portIsolation": True}, 2, 'unsupported field "portIsolation": true; podlane does not have it'),
         ({"disableContainerInterface": True}, 2, 'unsupported field "disableContainerInterface": true; podlane does'),
         (
-            {"runtimeConfig": {"portMappings": [{"HostPort": 80, "ContainerPort": 8080, "Protocol": "SCTP"}]}},
+            {"runtimeConfig": {"portMappings": [{**PORT, "protocol": "DCCP"}]}},
             2,
-            'unsupported field "runtimeConfig.portMappings.protocol": "SCTP"; its checksum covers the ports; allowed',
+            'unsupported field "runtimeConfig.portMappings.protocol": "DCCP"; no such protocol; allowed are tcp, udp',
         ),
         (
-            {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "169.254.1.1"}]}},
+            {"runtimeConfig": {"portMappings": [{**PORT, "protocol": "SCTP", "hostIP": "127.0.0.1"}]}},
+            2,
+            'unsupported field "runtimeConfig.portMappings.hostIP": "127.0.0.1"; the node\'s own calls by SCTP cannot',
+        ),
+        (
+            {"runtimeConfig": {"portMappings": [{**PORT, "hostIP": "169.254.1.1"}]}},
             2,
             'unsupported field "runtimeConfig.portMappings.hostIP": "169.254.1.1"; a pod cannot answer from there',
         ),
         (
-            {"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "hostIP": "10.0.0"}]}},
+            {"runtimeConfig": {"portMappings": [{**PORT, "hostIP": "10.0.0"}]}},
             7,
             "runtimeConfig.portMappings.hostIP",
         ),

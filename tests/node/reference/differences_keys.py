@@ -200,8 +200,8 @@ _RUNTIME_DNS = Difference(
 _PORTS = Difference(
     "`runtimeConfig.portMappings`",
     "without effect: portmap, if it is in the chain, reads them",
-    "host ports of podlane's own: a port is one pod's (code 105); SCTP is refused (code 2), and so are the ports for "
-    "masquerading (code 7)",
+    "host ports of podlane's own: a port is one pod's (code 105), and those for masquerading are refused (code 7); the "
+    "node's own processes do not reach SCTP's by them, so that SCTP's at loopback addresses are refused, too (code 2)",
     "neither iptables nor conntrack; give `portMappings` as a capability to one of the two plugins",
 )
 _BANDWIDTH = Difference(
