@@ -236,7 +236,7 @@ class Machine:
         """GET from the agent's metrics port; status 0 if nobody listens."""
 
         def fetch() -> tuple[int, str]:
-            connection = http.client.HTTPConnection("127.0.0.1", 9815, timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", 9815, timeout=START_SECONDS)
             try:
                 connection.request("GET", path)
                 response = connection.getresponse()

@@ -37,6 +37,7 @@ from tests.node.frames import (
     to_all_nodes,
 )
 from tests.node.machine import Machine, TestPod
+from tests.node.programs import wait_settled
 
 V4, V6 = 0, 1
 
@@ -49,8 +50,10 @@ def node(shared_node: Machine) -> Machine:
 
 @pytest.fixture(scope="module")
 def pod(node: Machine) -> TestPod:
-    """Make the pod that sends."""
-    return node.make_pod("pod")
+    """Make the pod that sends. While a program moves to its link, what it hands on to the stack counts twice."""
+    it = node.make_pod("pod")
+    wait_settled(node, it)
+    return it
 
 
 @pytest.fixture(scope="module")
