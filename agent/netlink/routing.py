@@ -92,8 +92,9 @@ class Routing:
     def _own_table(self, version: int) -> list[Request]:
         table = _BEHIND + self._number
         default = Route(DEFAULT_ROUTES[version], gw=self._hops[version], table=table)
-        sources = (address for address in self._addresses if address.version == version)
-        return [self._add(default), *(_add_rule(address, table) for address in sources)]
+        sources = [address for address in self._addresses if address.version == version]
+        # An interface that is made again has another index: its former rule would be there for ever.
+        return [self._add(default), *map(delete_rule, sources), *(_add_rule(address, table) for address in sources)]
 
     def _add(self, route: Route) -> Request:
         # ip route add DST [via GW onlink | scope link] dev POD [src ADDRESS] [metric M] [table T] [mtu N] [advmss N]

@@ -153,6 +153,19 @@ def test_each_goes_by_itself(one: Container, other: Container) -> None:
     assert [each["table"] for each in rules(one.netns)] == ["99"]
 
 
+def test_made_again(one: Container) -> None:
+    """An interface that is made again has one rule for each address, as before, and leaves none when it goes."""
+    one.add("eth0", CLUSTER)
+    net1 = one.add("net1", STORAGE)
+    repairs = one.node.repairs().get("devices", 0)
+    one.netns.run("ip", "link", "delete", "net1")
+    one.node.wait_for(lambda: one.node.repairs().get("devices", 0) > repairs, "the interface to be made again")
+    one.check(net1=STORAGE)
+    assert sorted(each["src"] for each in rules(one.netns)) == sorted(net1)
+    one.call("DEL", "net1", STORAGE)
+    assert rules(one.netns) == []
+
+
 def rules(netns: Netns) -> list[dict[str, str]]:
     """Return the rules of a namespace that are not the kernel's own."""
     shown = [each for family in ("-4", "-6") for each in json.loads(netns.run("ip", "-j", family, "rule").stdout)]
