@@ -90,12 +90,11 @@ class Routing:
         return replace(route, priority=route.priority + _BEHIND + self._number)
 
     def _own_table(self, version: int) -> list[Request]:
-        """Ask for a table of its own. An interface that is made again has another one: its former rules go."""
         table = _BEHIND + self._number
         default = Route(DEFAULT_ROUTES[version], gw=self._hops[version], table=table)
-        sources = (address for address in self._addresses if address.version == version)
-        rules = (change for each in sources for change in (delete_rule(each), _add_rule(each, table)))
-        return [self._add(default), *rules]
+        sources = [address for address in self._addresses if address.version == version]
+        # An interface that is made again has another index: its former rule would be there for ever.
+        return [self._add(default), *map(delete_rule, sources), *(_add_rule(address, table) for address in sources)]
 
     def _add(self, route: Route) -> Request:
         # ip route add DST [via GW onlink | scope link] dev POD [src ADDRESS] [metric M] [table T] [mtu N] [advmss N]
