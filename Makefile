@@ -39,7 +39,11 @@ demo: ## Wire real pods in a real containerd and show what happens; NODES=3 for 
 
 .PHONY: test
 test: ready ## Run every test, all four layers
-	$(PYTEST)
+	$(PYTEST) || $(SECOND_TRY)
+
+# On a machine with few and busy processors the kernel's own queues overflow now and then, and a packet is lost that
+# podlane never saw. So what failed is tried again, alone and on nodes of its own. What fails twice is no accident.
+SECOND_TRY = { test $$? -eq 1 && $(PYTEST) --last-failed --last-failed-no-failures=none --maxfail=1 -n0; }
 
 .PHONY: test-unit
 test-unit: ready ## Run the tests that need no root

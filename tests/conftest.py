@@ -12,7 +12,6 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT_LAYERS = {"packet", "node", "e2e"}
-REAL_DEVICES = {"node", "e2e"}
 
 
 class LayerCounter:
@@ -52,26 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests on real devices a second try, and skip what needs root for anybody else.
-
-    On a machine with few and busy processors the kernel's own queues overflow now and then, and a packet is lost that
-    podlane never saw. What fails twice in a row is no accident; what passed at the second try shows as "rerun".
-    """
-    for item in items:
-        if _layer(item.path) in REAL_DEVICES:
-            item.add_marker(pytest.mark.flaky(reruns=1))
+    """Skip what needs root for anybody else."""
     if os.geteuid() == 0:
         return
     for item in items:
         if _layer(item.path) in ROOT_LAYERS or item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root: it makes namespaces and loads BPF programs"))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show how each first try failed: a second try that passes may hide a test, or a podlane, that is not right."""
-    for report in terminalreporter.getreports("rerun"):
-        terminalreporter.section(f"first try of {report.nodeid}")
-        terminalreporter.line(report.longreprtext)
 
 
 def _layer(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.machine import Machine, Netns, Outcome, TestPod, machine
+from tests.node.machine import Machine, Netns, Outcome, TestPod, machine, pings
 
 KEYS = ("cni.dev/valid-attachments", "cni.dev/attachments")
 EMPTY: Sequence[object] = ()
@@ -45,7 +45,7 @@ def assert_alive(node: Machine, pod: TestPod) -> None:
     """Assert that a pod has its addresses, and that they answer."""
     assert f"('{pod.container_id}',)" in rows(node)
     for address in pod.addresses:
-        node.netns.run("ping", "-c", "1", "-W", "2", address)
+        assert pings(node.netns, address, count=1)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -101,10 +101,10 @@ def test_not_before_1_1_0(node: Machine, version: str) -> None:
 # The agent's own.
 
 
-@pytest.fixture(scope="module")
-def eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+@pytest.fixture
+def eager(tmp_path: Path) -> Iterator[Machine]:
     """Make a node whose agent looks often, and grants no time."""
-    with machine(tmp_path_factory.mktemp("eager"), **EAGER) as it:
+    with machine(tmp_path, **EAGER) as it:
         it.add_uplink()
         it.start_agent()
         yield it
@@ -151,7 +151,8 @@ def test_deleted_device_of_a_living_pod(eager: Machine) -> None:
     eager.netns.run("ip", "link", "delete", pod.device)
     goes.netns.delete()
     wait_released(eager, before, netns_missing=1)
-    eager.wait_for(lambda: "devices" in eager.repairs(), "the device to be made again")
+    for address in pod.addresses:
+        eager.wait_for(lambda to=address: pings(eager.netns, to, count=1), "the device to be made again")  # type: ignore[misc]
     assert_alive(eager, pod)
     eager.delete_pod(pod)
     assert released(eager) - before == {"netns_missing": 1}
