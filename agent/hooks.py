@@ -76,10 +76,11 @@ class StagedHooks:
         hook, attached = next(iter(self._in_other.items()), (None, None))
         if hook is None or attached is None:
             return False
-        failures = self._final.upsert({hook: attached}) or self._other.delete([hook])
-        if failures:
+        if failures := self._final.upsert({hook: attached}):
             raise failures[hook]
-        self._in_final[hook] = attached
+        self._in_final[hook] = attached  # also if it cannot go from the other one, as when its device goes just now
+        if failures := self._other.delete([hook]):
+            raise failures[hook]
         del self._in_other[hook]
         return bool(self._in_other)
 

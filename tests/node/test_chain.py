@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,13 @@ def netns() -> Iterator[Netns]:
     it.delete()
 
 
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Yield a stack of what is to be undone, also if the test fails: its node is that of others, too."""
+    with ExitStack() as it:
+        yield it
+
+
 @contextmanager
 def attached(chain: Chain, netns: Netns) -> Iterator[Any]:
     """ADD and CHECK at once, as CRI-O does; afterwards CHECK again, DEL, and see that podlane has left nothing."""
@@ -124,7 +131,7 @@ def attached(chain: Chain, netns: Netns) -> Iterator[Any]:
         chain.check(netns)
     finally:
         chain.delete(netns)
-    assert not any(chain.node.traces().values())
+    assert not any(chain.node.traces().values()), f"{chain.node.traces()}\n{chain.node.log_tail()}"
 
 
 def addresses(result: Mapping[str, Any], ifname: str = "eth0") -> list[str]:
@@ -247,10 +254,11 @@ def test_mac_that_the_pod_changes(node: Machine, netns: Netns) -> None:
         node.delete_pod(other)
 
 
-def test_firewall(node: Machine, netns: Netns) -> None:
+def test_firewall(node: Machine, netns: Netns, stack: ExitStack) -> None:
     """Before firewall: a node that forwards nothing by itself lets this pod's packets pass, as long as there is one."""
     by_the_stack = ("ping", "-c", "1", "-W", "1", "-R", WORLD[0])  # for its IP option
     other = node.make_pod("other")
+    stack.callback(node.netns.run, "iptables", "-P", "FORWARD", "ACCEPT")
     node.netns.run("iptables", "-P", "FORWARD", "DROP")
     with attached(Chain(node, PODLANE, {"type": "firewall", "backend": "iptables"}), netns) as result:
         assert f"-s {addresses(result)[0]}/32 -j ACCEPT" in node.netns.run("iptables-save").stdout
@@ -259,7 +267,6 @@ def test_firewall(node: Machine, netns: Netns) -> None:
         assert other.netns.run(*by_the_stack, check=False).returncode == 1
         node.delete_pod(other)
     assert addresses(result)[0] not in node.netns.run("iptables-save").stdout
-    node.netns.run("iptables", "-P", "FORWARD", "ACCEPT")
 
 
 @versions

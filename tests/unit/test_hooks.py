@@ -100,6 +100,18 @@ def test_failures_are_told_and_change_nothing() -> None:
     assert kernel.lasting.objects == {A: ON_A}
 
 
+def test_what_cannot_leave_its_first_table_is_known_in_both() -> None:
+    """A hook that has come to the lasting table, and cannot go from the quick one, goes from both with its device."""
+    kernel = Kernel()
+    kernel.hooks.upsert({A: ON_A})
+    kernel.quick.refused[A] = "no such device"
+    with pytest.raises(KernelError, match="no such device"):
+        kernel.hooks.settle()
+    kernel.quick.refused.clear()
+    assert kernel.hooks.delete([A]) == {}
+    assert (kernel.quick.objects, kernel.lasting.objects) == ({}, {})
+
+
 @given(st.lists(st.sampled_from(["upsert A", "upsert B", "delete A", "delete B", "settle", "read"]), max_size=30))
 def test_no_hook_is_lost_or_left(steps: list[str]) -> None:
     """Whatever the order of events, the two tables together hold exactly the hooks that should be there."""
