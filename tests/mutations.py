@@ -16,7 +16,7 @@ from typing import Any
 from cni.wire import Reply, Request
 from tests.unit.calls import VERSIONS
 
-NUMBER = int(os.environ.get("PODLANE_MUTATIONS", "30000"))
+NUMBER = int(os.environ.get("PODLANE_MUTATIONS", "20000"))
 """How many mutated requests there are in one process; over the socket and through the launcher there are fewer."""
 SECONDS = 300 + NUMBER // 100
 """After which a test of them hangs."""

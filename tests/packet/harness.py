@@ -46,7 +46,7 @@ CHANGED = SENT | DELIVERED | {"masq_out", "fwd_to_peer", "port_out", "port_shape
 LARGEST = 3712
 """The largest frame BPF_PROG_TEST_RUN takes, in bytes: a page less the kernel's own headroom and tailroom."""
 
-FUZZ_PACKETS = int(os.environ.get("PODLANE_FUZZ_PACKETS", "1000000"))
+FUZZ_PACKETS = int(os.environ.get("PODLANE_FUZZ_PACKETS", "600000"))
 """How many random packets the fuzz tests send, all programs together."""
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"

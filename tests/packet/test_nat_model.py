@@ -25,7 +25,7 @@ from .world import Node, loaded_node
 
 pytestmark = pytest.mark.root
 
-STEPS = int(os.environ.get("PODLANE_SOAK_STEPS", "100000"))
+STEPS = int(os.environ.get("PODLANE_SOAK_STEPS", "60000"))
 WALK = 400
 """Steps on one node, until it starts anew."""
 
@@ -156,7 +156,7 @@ REACHED = {
 
 @pytest.mark.timeout(120 + STEPS // 250)
 def test_long_walk(tight_node: Node) -> None:
-    """Program and model agree on every outcome, verdict, packet and entry, through 100,000 random steps."""
+    """Program and model agree on every outcome, verdict, packet and entry, through 60,000 random steps."""
     choose, seen = random_source(), Counter[str]()
     for start in range(0, STEPS, WALK):
         duel = Duel(tight_node, seen)
