@@ -42,7 +42,7 @@ test: ready ## Run every test, all four layers
 	$(PYTEST) || $(SECOND_TRY)
 
 # On a machine with few and busy processors the kernel's own queues overflow now and then, and a packet is lost that
-# podlane never saw. So what failed is tried again, alone and on nodes of its own. What fails twice is no accident.
+# podlane never saw. So what failed on real devices is tried again, alone and on nodes of its own. What fails twice is no accident.
 SECOND_TRY = { test $$? -eq 1 && $(PYTEST) --last-failed --last-failed-no-failures=none --maxfail=1 -n0; }
 
 .PHONY: test-unit

@@ -12,25 +12,32 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT_LAYERS = {"packet", "node", "e2e"}
+REAL_DEVICES = {"node", "e2e"}
+NO_SECOND_TRY = 6
+"""Exit status when a test has failed that needs no real devices: that is no accident (see the Makefile)."""
 
 
 class LayerCounter:
-    """Counts, by layer, the tests that ran and those that were skipped."""
+    """Counts, by layer, the tests that ran and those that were skipped; knows if one failed by no accident."""
 
     def __init__(self) -> None:
         self._ran: dict[str, int] = defaultdict(int)
         self._skipped: dict[str, int] = defaultdict(int)
+        self._no_accident = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count one test: it is skipped in its set-up or its call, and has run if its call was not skipped."""
         layer = _layer(TESTS.parent / report.fspath)
+        self._no_accident |= report.failed and layer not in REAL_DEVICES
         if report.skipped:
             self._skipped[layer] += 1
         elif report.when == "call":
             self._ran[layer] += 1
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Fail a CI run in which a layer has tests, and none of them ran."""
+        """Fail a CI run in which a layer has tests, and none of them ran; tell what may be tried again."""
+        if self._no_accident:
+            session.exitstatus = NO_SECOND_TRY
         lost = sorted(layer for layer in self._skipped if not self._ran[layer])
         if lost and os.environ.get("CI"):
             print(f"\nevery test was skipped in: {', '.join(lost)}")
